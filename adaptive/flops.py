@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compute accounting: multiply-accumulates of matrix products as a function of tokens, width and attended keys.
+
+One multiply-accumulate (MAC) is 2 FLOPs. Counted are the projections, attention scores and averages (all N x K pairs, masked
+or not), MLPs, patch embedding and head; not counted are norms, softmax, activations, biases, look-ups and a method's own
+matching (`bipartite_macs` and `merge_macs` give that apart).
+
+Letters: B batch, N tokens, K keys, D width, T decoder tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Multiply-accumulates by block.
+
+    Attributes:
+      blocks: name of a block to its MACs.
+    """
+
+    blocks: Mapping[str, float]
+
+    @property
+    def macs(self) -> float:
+        """Sum of all blocks."""
+        return sum(self.blocks.values())
+
+    @property
+    def flops(self) -> float:
+        """Twice the MACs."""
+        return 2 * self.macs
+
+
+class Spec(Protocol):
+    """What `count` takes: anything with a `macs` method, or with a `spec()` that returns one."""
+
+    def macs(self, **sizes: Any) -> dict[str, float]:
+        """MACs by block."""
+
+
+def count(module_or_spec: Any, **sizes: Any) -> Count:
+    """Multiply-accumulates of a module of `layers/` or of a spec, by block.
+
+    Args:
+      module_or_spec: a backbone (it describes itself by `spec()`), or one of the specs below.
+      **sizes: as the spec's `macs` takes them, such as `batch=8, counts=(184, 171, ...)`.
+
+    Raises:
+      TypeError: the object cannot be counted.
+    """
+    spec = module_or_spec.spec() if hasattr(module_or_spec, "spec") else module_or_spec
+    if not hasattr(spec, "macs"):
+        raise TypeError(f"{type(module_or_spec).__name__} has neither spec() nor macs(): pass a backbone or a spec")
+    return Count(spec.macs(**sizes))
+
+
+def linear_macs(rows: float, inputs: int, outputs: int) -> float:
+    """MACs of `[rows, inputs] @ [inputs, outputs]`."""
+    return rows * inputs * outputs
+
+
+def attention_macs(queries: float, keys: float, width: int, inner: int, kv_inner: int | None = None) -> float:
+    """MACs of an attention layer: four projections and both products with the N x K map, for one sequence.
+
+    Args:
+      queries, keys: tokens that ask, tokens that are attended to.
+      width: D of the residual stream; inner: heads times head width; kv_inner: the same for grouped keys and values.
+
+    Source: with inner = D, `4 N D^2 + 2 N^2 D`.
+    """
+    kv_inner = inner if kv_inner is None else kv_inner
+    return 2 * queries * width * inner + 2 * keys * width * kv_inner + 2 * queries * keys * inner
+
+
+def mlp_macs(tokens: float, width: int, hidden: int, *, gated: bool = False) -> float:
+    """MACs of an MLP: two matrices, three when gated."""
+    return (3 if gated else 2) * tokens * width * hidden
+
+
+def bipartite_macs(tokens: float, channels: int) -> float:
+    """MACs of bipartite matching: every even token against every odd one."""
+    return (tokens - tokens // 2) * (tokens // 2) * channels
+
+
+def merge_macs(tokens: float, slots: float, width: int) -> float:
+    """MACs of a merge done as one matrix product."""
+    return tokens * slots * width
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTSpec:
+    """Sizes of a vision transformer; see `layers.vit.ViT` for the names."""
+
+    patch_size: int
+    width: int
+    depth: int
+    mlp_dim: int
+    num_classes: int
+    image_size: tuple[int, int]
+    channels: int = 3
+    cls_token: bool = True
+    inner: int | None = None
+
+    @property
+    def patches(self) -> int:
+        """Number of patches of an image."""
+        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that enter the first layer."""
+        return self.patches + int(self.cls_token)
+
+    def macs(
+        self, *, batch: int = 1, counts: Sequence[float] | None = None, place: str = "between"
+    ) -> dict[str, float]:
+        """MACs by block.
+
+        Args:
+          batch: B.
+          counts: tokens after each layer's reduction; all tokens when None.
+          place: "between" attention and MLP, or "after" the block.
+
+        Raises:
+          ValueError: one count a layer is needed.
+        """
+        counts = (self.tokens,) * self.depth if counts is None else tuple(counts)
+        if len(counts) != self.depth:
+            raise ValueError(f"counts needs one entry for each of {self.depth} layers; got {len(counts)}")
+        if place not in ("between", "after"):
+            raise ValueError(f"place={place!r}; one of 'between', 'after'")
+        inner = self.inner or self.width
+        before = (self.tokens, *counts[:-1])
+        hidden = counts if place == "between" else before
+        return {
+            "embed": batch * linear_macs(self.patches, self.patch_size**2 * self.channels, self.width),
+            "attention": batch * sum(attention_macs(n, n, self.width, inner) for n in before),
+            "mlp": batch * sum(mlp_macs(n, self.width, self.mlp_dim) for n in hidden),
+            "head": batch * linear_macs(1, self.width, self.num_classes),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Spec:
+    """Sizes of an encoder-decoder T5; see `layers.t5.T5` for the names."""
+
+    vocab_size: int
+    width: int
+    mlp_dim: int
+    inner: int
+    encoder_layers: int
+    decoder_layers: int
+    gated: bool = True
+
+    def macs(
+        self, *, batch: int = 1, inputs: int, targets: int = 0, counts: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """MACs by block for encoding and scoring one batch (teacher forcing).
+
+        Args:
+          batch: B.
+          inputs: N encoder tokens; targets: T decoder tokens, 0 for the encoder alone.
+          counts: encoder tokens after each layer; all tokens when None. The decoder attends to the last count.
+
+        Raises:
+          ValueError: one count a layer is needed.
+        """
+        counts = (inputs,) * self.encoder_layers if counts is None else tuple(counts)
+        if len(counts) != self.encoder_layers:
+            raise ValueError(f"counts needs one entry for each of {self.encoder_layers} layers; got {len(counts)}")
+        before = (inputs, *counts[:-1])
+        blocks = {
+            "encoder_attention": sum(attention_macs(n, n, self.width, self.inner) for n in before),
+            "encoder_mlp": sum(mlp_macs(n, self.width, self.mlp_dim, gated=self.gated) for n in before),
+        }
+        if targets:
+            own = attention_macs(targets, targets, self.width, self.inner)
+            cross = attention_macs(targets, counts[-1], self.width, self.inner)
+            mlp = mlp_macs(targets, self.width, self.mlp_dim, gated=self.gated)
+            blocks |= {
+                "decoder_attention": self.decoder_layers * own,
+                "cross_attention": self.decoder_layers * cross,
+                "decoder_mlp": self.decoder_layers * mlp,
+                "head": linear_macs(targets, self.width, self.vocab_size),
+            }
+        return {name: batch * macs for name, macs in blocks.items()}
+
+    def gated_counts(self, inputs: int, kept: float, gate_layer: int) -> tuple[float, ...]:
+        """Encoder tokens after each layer when a gate after `gate_layer` layers keeps `kept` of `inputs` tokens.
+
+        Raises:
+          ValueError: the gate layer is outside the encoder.
+        """
+        if not 1 <= gate_layer <= self.encoder_layers:
+            raise ValueError(f"the gate layer must lie in 1..{self.encoder_layers}; got {gate_layer}")
+        return (inputs,) * (gate_layer - 1) + (kept,) * (self.encoder_layers - gate_layer + 1)

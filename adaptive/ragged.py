@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptive amounts of work under static shapes: compaction, the bucket ladder, the ragged prefix.
+
+Shapes: B batch, N tokens, M slots (a static capacity), R rows, D features.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from adaptive.tokens import Reduction
+
+# --- Compaction ---------------------------------------------------------------------------------------------------
+
+
+def compact(
+    keep: Bool[Array, "B N"], capacity: int, *, overflow: str, scores: Float[Array, "B N"] | None = None
+) -> Reduction:
+    """Left-packs the kept tokens into `capacity` slots, in their order; slots that stay empty have index -1 and mass 0.
+
+    Args:
+      keep: `[B, N]` bool.
+      capacity: M, static.
+      overflow: what happens in a row that keeps more than M tokens. "forbid": cannot happen, since M = N is demanded at trace
+        time; "best": the M highest `scores` stay; "checked": the caller has made sure that every row fits (the ladder does).
+      scores: `[B, N]`, for "best".
+
+    Raises:
+      ValueError: unknown policy, capacity outside 1..N, "forbid" with M < N, "best" without scores.
+    """
+    length = keep.shape[-1]
+    if not 1 <= capacity <= length:
+        raise ValueError(f"the capacity must lie in 1..{length} (the tokens there are); got {capacity}")
+    if overflow == "forbid" and capacity < length:
+        raise ValueError(
+            f"overflow='forbid' needs a capacity of {length}, so that no row can overflow; got {capacity}. "
+            f"Choose 'best' (keeps the highest scores) or run on a ladder."
+        )
+    if overflow == "best":
+        if scores is None:
+            raise ValueError("overflow='best' needs scores [B, N] to choose by")
+        keep &= rank(jnp.where(keep, scores, -jnp.inf)) < capacity
+    elif overflow not in ("forbid", "checked"):
+        raise ValueError(f"unknown overflow policy {overflow!r}; one of 'forbid', 'best', 'checked'")
+    index = jnp.arange(length, dtype=jnp.int32)
+    packed = jnp.argsort(jnp.where(keep, index, length + index), axis=-1)[:, :capacity].astype(jnp.int32)
+    filled = jnp.arange(capacity) < jnp.sum(keep, axis=-1, keepdims=True)
+    place = jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1
+    assign = jnp.where(keep & (place < capacity), place, -1)
+    return Reduction(jnp.where(filled, packed, -1), assign, (assign >= 0).astype(jnp.float32), merges=False)
+
+
+def rank(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
+    """`[B, N]` place of each token by falling score, 0 for the highest; ties go to the lower index."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+
+
+def overflowing(keep: Bool[Array, "B N"], capacity: int) -> Int[Array, " B"]:
+    """`[B]` tokens that do not fit into `capacity` slots."""
+    return jnp.maximum(jnp.sum(keep, axis=-1, dtype=jnp.int32) - capacity, 0)
+
+
+# --- Bucket ladder ------------------------------------------------------------------------------------------------
+
+
+def make_rungs(length: int, *, steps: int = 4, multiple: int = 128) -> tuple[int, ...]:
+    """Static lengths for at most `steps` compiled programs: equal steps up to `length`, each rounded up to `multiple`.
+
+    The last rung is `length` itself, so that every count fits.
+
+    Raises:
+      ValueError: a number is not positive.
+    """
+    if min(length, steps, multiple) < 1:
+        raise ValueError(f"length, steps and multiple must be positive; got {length}, {steps}, {multiple}")
+    rounded = {-(-length * step // steps // multiple) * multiple for step in range(1, steps + 1)}
+    return (*sorted(rung for rung in rounded if rung < length), length)
+
+
+def check_rungs(rungs: Sequence[int], length: int) -> tuple[int, ...]:
+    """The rungs that sequences of `length` tokens can need, the last of them cut to `length`.
+
+    Raises:
+      ValueError: rungs that do not rise, or a sequence longer than the ladder.
+    """
+    rungs = tuple(int(rung) for rung in rungs)
+    if not rungs or rungs[0] < 1 or any(low >= high for low, high in itertools.pairwise(rungs)):
+        raise ValueError(f"the rungs of a ladder rise and are positive; got {rungs}")
+    if length > rungs[-1]:
+        raise ValueError(
+            f"the sequence has {length} tokens but the ladder ends at {rungs[-1]}; add a rung of at least {length}, "
+            f"or cut the sequence"
+        )
+    lower = [rung for rung in rungs if rung < length]
+    return (*lower, length)
+
+
+def choose_rung(counts: Int[Array, " B"], rungs: Sequence[int]) -> Int[Array, ""]:
+    """Index of the smallest rung that holds every row of the batch; `counts [B]` tokens a row."""
+    # lax.switch clamps silently, so the last rung must hold every possible count: check_rungs sees to that.
+    return jnp.searchsorted(jnp.asarray(rungs), jnp.max(counts)).astype(jnp.int32)
+
+
+def on_ladder(
+    work: Callable[..., Any],
+    keep: Bool[Array, "B N"],
+    rungs: Sequence[int],
+    *operands: Any,
+    switch: Callable = jax.lax.switch,
+) -> Any:
+    """Runs `work(reduction, *operands)` at the smallest rung that holds every row's kept tokens.
+
+    The rung is chosen on the device, with no host round trip; only its branch runs. Do not put it under `vmap`: every branch
+    would run. Under automatic sharding the slowest row of the global batch sets the rung; under `shard_map` each device
+    picks its own, and `work` may then hold no collective.
+
+    Args:
+      work: gets the compaction to the rung's length; its outputs must have the same shapes at every rung.
+      keep: `[B, N]` bool, tokens that survive.
+      rungs: rising static lengths, the last at least N.
+      operands: arrays for `work`.
+      switch: `jax.lax.switch`, or a bound lifted form of it for Linen modules.
+
+    Raises:
+      ValueError: the sequence is longer than the ladder.
+    """
+    rungs = check_rungs(rungs, keep.shape[-1])
+
+    def branch(rung: int, keep: Array, *operands: Any) -> Any:
+        return work(compact(keep, rung, overflow="checked"), *operands)
+
+    if len(rungs) == 1:
+        return branch(rungs[0], keep, *operands)
+    index = choose_rung(jnp.sum(keep, axis=-1), rungs)
+    return switch(index, [functools.partial(branch, rung) for rung in rungs], keep, *operands)
+
+
+def padding_waste(counts: Int[Array, " B"], rungs: Sequence[int]) -> Float[Array, ""]:
+    """Share of the chosen rung's slots that hold no token, in 0..1."""
+    rung = jnp.asarray(rungs)[choose_rung(counts, rungs)]
+    return 1.0 - jnp.mean(counts.astype(jnp.float32)) / rung
+
+
+# --- Ragged prefix ------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Staircase:
+    """Rows sorted by how many units of work they need, most first.
+
+    Attributes:
+      order: `[R]` row at each sorted place; inverse: `[R]` sorted place of each row.
+      counts: `[K]` rows that need unit k; it never rises with k.
+    """
+
+    order: Int[Array, " R"]
+    inverse: Int[Array, " R"]
+    counts: Int[Array, " K"]
+
+    @classmethod
+    def create(cls, need: Int[Array, " R"], units: int) -> Staircase:
+        """The staircase of rows that need `need [R]` units each, in 0..`units`."""
+        order = jnp.argsort(-need, stable=True).astype(jnp.int32)
+        inverse = jnp.argsort(order).astype(jnp.int32)
+        return cls(order, inverse, jnp.sum(need[None, :] > jnp.arange(units)[:, None], axis=1, dtype=jnp.int32))
+
+
+def ragged_prefix(
+    unit: Callable[[Any, Float[Array, "T D"]], Float[Array, "T E"]],
+    params: Any,
+    rows: Float[Array, "R D"],
+    count: Int[Array, ""],
+    *,
+    tile: int = 128,
+) -> Float[Array, "R E"]:
+    """`unit(params, rows)` on the first `count` rows, zeros below; work grows with `count`, in steps of `tile` rows.
+
+    Plain XLA: a loop over tiles with a trip count known only on the device. The backward pass runs the same loop, computing
+    each tile again, so nothing but the inputs is kept.
+
+    Args:
+      unit: works on each row by itself: `[T, D] -> [T, E]`.
+      params: pytree of float arrays.
+      rows: `[R, D]`, sorted so that those with work come first.
+      count: scalar in 0..R, may be traced.
+      tile: rows a step.
+
+    Raises:
+      ValueError: the tile is not positive or rows is not a matrix.
+    """
+    if tile < 1:
+        raise ValueError(f"the tile must hold at least one row; got {tile}")
+    if rows.ndim != 2:
+        raise ValueError(f"rows must be [R, D]; got shape {rows.shape}")
+    length = rows.shape[0]
+    tile = min(tile, length)
+    padded = jnp.pad(rows, ((0, -length % tile), (0, 0)))
+    return _ragged_prefix(unit, tile, params, padded, jnp.asarray(count, jnp.int32))[:length]
+
+
+def _tiles(count: Array, tile: int) -> Array:
+    return (count + tile - 1) // tile
+
+
+def _live(count: Array, start: Array, tile: int) -> Array:
+    """`[T, 1]` True for rows of the tile at `start` that lie below `count`."""
+    return (start + jnp.arange(tile) < count)[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ragged_prefix(unit, tile, params, rows, count):
+    shape = jax.eval_shape(unit, params, jax.ShapeDtypeStruct((tile, rows.shape[1]), rows.dtype))
+
+    def step(index, out):
+        start = index * tile
+        value = unit(params, jax.lax.dynamic_slice_in_dim(rows, start, tile))
+        value = jnp.where(_live(count, start, tile), value, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, value, start, 0)
+
+    return jax.lax.fori_loop(0, _tiles(count, tile), step, jnp.zeros((rows.shape[0], shape.shape[1]), shape.dtype))
+
+
+def _ragged_prefix_forward(unit, tile, params, rows, count):
+    return _ragged_prefix(unit, tile, params, rows, count), (params, rows, count)
+
+
+def _ragged_prefix_backward(unit, tile, saved, moved):
+    params, rows, count = saved
+
+    def step(index, carry):
+        param_grads, row_grads = carry
+        start = index * tile
+        _, pull = jax.vjp(unit, params, jax.lax.dynamic_slice_in_dim(rows, start, tile))
+        tile_moved = jax.lax.dynamic_slice_in_dim(moved, start, tile)
+        param_grad, row_grad = pull(jnp.where(_live(count, start, tile), tile_moved, 0))
+        # Sums over tiles stay in float32, whatever the parameters' dtype.
+        param_grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), param_grads, param_grad)
+        return param_grads, jax.lax.dynamic_update_slice_in_dim(row_grads, row_grad, start, 0)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    param_grads, row_grads = jax.lax.fori_loop(0, _tiles(count, tile), step, (zeros, jnp.zeros_like(rows)))
+    param_grads = jax.tree.map(lambda g, p: g.astype(p.dtype), param_grads, params)
+    return param_grads, row_grads, np.zeros((), jax.dtypes.float0)
+
+
+_ragged_prefix.defvjp(_ragged_prefix_forward, _ragged_prefix_backward)

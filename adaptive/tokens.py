@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token sets, the signals a backbone hands over, and reductions as linear maps.
+
+Shapes: B batch, N tokens before a reduction, M slots after it, N0 tokens of the original sequence, D features,
+C coordinates or channels, H heads, Q queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Weighted sums of features accumulate in float32; a TPU would otherwise multiply float32 operands in bfloat16.
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+@flax.struct.dataclass
+class TokenSet:
+    """An immutable set of tokens.
+
+    Attributes:
+      features: `[B, N, D]`.
+      mass: `[B, N]` float32, number of original tokens that each token stands for; 0 in padding.
+      coords: `[B, N, C]` float32, position(s) in the original sequence or grid; a merged token carries the weighted mean.
+      origin: `[B, N0]` int32, current slot that carries each original token; -1 when it was dropped or is padding.
+    """
+
+    features: Float[Array, "B N D"]
+    mass: Float[Array, "B N"]
+    coords: Float[Array, "B N C"]
+    origin: Int[Array, "B N0"]
+
+    @classmethod
+    def create(
+        cls,
+        features: Float[Array, "B N D"],
+        *,
+        mask: Bool[Array, "B N"] | None = None,
+        mass: Float[Array, "B N"] | None = None,
+        coords: Float[Array, "B N C"] | None = None,
+    ) -> TokenSet:
+        """A token set over `features [B, N, D]`, each token standing for itself.
+
+        Args:
+          features: `[B, N, D]`.
+          mask: `[B, N]` bool, True for real tokens; all real when None.
+          mass: `[B, N]` tokens that each token stands for already; 1 when None. Set to 0 where `mask` is False.
+          coords: `[B, N, C]` positions; `0..N-1` with C=1 when None.
+
+        Raises:
+          ValueError: a shape does not fit `features`.
+        """
+        if features.ndim != 3:
+            raise ValueError(
+                f"features must be [B, N, D]; got shape {features.shape}. Add a batch axis: features[None]."
+            )
+        batch, length, _ = features.shape
+        for name, value in (("mask", mask), ("mass", mass)):
+            if value is not None and value.shape != (batch, length):
+                raise ValueError(f"{name} must be [B, N] = {(batch, length)}; got shape {value.shape}")
+        if coords is not None and (coords.ndim != 3 or coords.shape[:2] != (batch, length)):
+            raise ValueError(f"coords must be [B, N, C] with [B, N] = {(batch, length)}; got shape {coords.shape}")
+        mass = jnp.ones((batch, length), jnp.float32) if mass is None else jnp.asarray(mass, jnp.float32)
+        if mask is not None:
+            mass = jnp.where(mask, mass, 0.0)
+        slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        coords = slots[..., None] if coords is None else coords
+        return cls(features, mass, coords.astype(jnp.float32), jnp.where(mass > 0, slots, -1))
+
+    @property
+    def valid(self) -> Bool[Array, "B N"]:
+        """`[B, N]` True where a token is real."""
+        return self.mass > 0
+
+    @property
+    def count(self) -> Int[Array, " B"]:
+        """`[B]` number of real tokens."""
+        return jnp.sum(self.valid, axis=-1, dtype=jnp.int32)
+
+    @property
+    def log_mass(self) -> Float[Array, "B N"]:
+        """`[B, N]` log mass, the key bias of proportional attention; -inf in padding.
+
+        Source: Bolya et al. 2023 (ToMe), eq. 1.
+        """
+        # The inner where keeps the gradient finite where the mass is 0.
+        return jnp.where(self.valid, jnp.log(jnp.where(self.valid, self.mass, 1.0)), -jnp.inf)
+
+
+@flax.struct.dataclass
+class Signals:
+    """What a backbone can hand to a method; fields that were not asked for are None.
+
+    Attributes:
+      keys, queries, values: `[B, N, C]` (ToMe's metric is the keys averaged over heads).
+      cls_attention: `[B, N]` attention of the class token to every token, averaged over heads.
+      attention: `[B, H, N, N]` the whole map, for small cases only.
+      column_sums: `[B, N]` attention that each token receives, summed over queries and averaged over heads.
+      text_attention: `[B, Q, N]` rows of text queries.
+      text_features: `[B, Q, C]`; image_text_similarity: `[B, N]`; frame_features: `[B, T, C]`.
+      token_ids: `[B, N]` vocabulary ids (byte-level methods).
+      gate_logits: `[B, N]` output of a learned gate, high to keep.
+      rng: a PRNG key for methods that draw.
+      cls_token: True when slot 0 is a class token, which every method then keeps.
+      grid: `(t, h, w)` of the patches; layer: index of the layer. Both are static.
+    """
+
+    keys: Any = None
+    queries: Any = None
+    values: Any = None
+    cls_attention: Any = None
+    attention: Any = None
+    column_sums: Any = None
+    text_attention: Any = None
+    text_features: Any = None
+    image_text_similarity: Any = None
+    frame_features: Any = None
+    token_ids: Any = None
+    gate_logits: Any = None
+    rng: Any = None
+    cls_token: bool = flax.struct.field(pytree_node=False, default=False)
+    grid: tuple[int, int, int] | None = flax.struct.field(pytree_node=False, default=None)
+    layer: int | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def _gather(values: Array, index: Int[Array, "B M"]) -> Array:
+    """Rows `index [B, M]` of `values [B, N, ...]`; rows with index -1 are zero."""
+    expand = index.reshape(index.shape + (1,) * (values.ndim - 2))
+    rows = jnp.take_along_axis(values, jnp.maximum(expand, 0), axis=1)
+    return jnp.where(expand >= 0, rows, jnp.zeros((), values.dtype))
+
+
+def _combine(matrix: Float[Array, "B M N"], values: Array) -> Array:
+    """`matrix @ values` for `values [B, N, ...]`, accumulated in float32, in the dtype of `values`."""
+    flat = values.reshape(*values.shape[:2], -1).astype(jnp.float32)
+    out = jnp.einsum("bmn,bnd->bmd", matrix.astype(jnp.float32), flat, precision=_PRECISION)
+    return out.reshape(matrix.shape[:2] + values.shape[2:]).astype(values.dtype)
+
+
+@flax.struct.dataclass
+class Reduction:
+    """A reduction in which every token joins at most one slot: `out[m] = sum over assign[n] = m of weight[n] x[n]`.
+
+    Attributes:
+      slots: `[B, M]` int32, token that heads each output slot; -1 where no single token does (a fused or an empty slot).
+      assign: `[B, N]` int32, slot that each token joins; -1 when dropped.
+      weight: `[B, N]` float32, coefficient of each token in its slot. A method makes them sum to 1 over a slot.
+      merges: static; False when every slot is exactly its head, so that a gather is enough.
+    """
+
+    slots: Int[Array, "B M"]
+    assign: Int[Array, "B N"]
+    weight: Float[Array, "B N"]
+    merges: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @classmethod
+    def identity(cls, batch: int, length: int) -> Reduction:
+        """The reduction that changes nothing, over `[batch, length]` tokens."""
+        slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        return cls(slots, slots, jnp.ones((batch, length), jnp.float32), merges=False)
+
+    @property
+    def num_slots(self) -> int:
+        """M, the static number of output slots."""
+        return self.slots.shape[1]
+
+    def support(self) -> Float[Array, "B M N"]:
+        """`[B, M, N]` 1 where token n joins slot m."""
+        return jax.nn.one_hot(self.assign, self.num_slots, axis=1, dtype=jnp.float32)
+
+    def matrix(self) -> Float[Array, "B M N"]:
+        """`[B, M, N]` the linear map itself."""
+        return self.support() * self.weight[:, None, :]
+
+    def reduce(self, values: Array) -> Array:
+        """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
+        return _combine(self.matrix(), values) if self.merges else _gather(values, self.slots)
+
+    def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:
+        """`mass [B, N]` summed over the tokens of each slot."""
+        return (
+            jnp.einsum("bmn,bn->bm", self.support(), mass, precision=_PRECISION)
+            if self.merges
+            else _gather(mass, self.slots)
+        )
+
+    def apply(self, tokens: TokenSet) -> TokenSet:
+        """The reduced token set: features and coordinates averaged, mass summed, origin followed."""
+        return TokenSet(
+            self.reduce(tokens.features),
+            self.reduce_mass(tokens.mass),
+            self.reduce(tokens.coords),
+            _follow(tokens.origin, self.assign),
+        )
+
+    def restore(
+        self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None
+    ) -> Float[Array, "B N D"]:
+        """Every token gets the features of the slot it joined; dropped tokens get `fill [B, N, D]`, or zeros."""
+        restored = _gather(features, self.assign)
+        return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)
+
+    def then(self, second: Reduction | DenseReduction) -> Reduction | DenseReduction:
+        """The reduction that does this one and then `second` (over this one's M slots)."""
+        if isinstance(second, DenseReduction):
+            return DenseReduction(_combine(second.matrix_, self.matrix()))
+        if second.assign.shape[1] != self.num_slots:
+            raise ValueError(
+                f"second reduces {second.assign.shape[1]} tokens, but this reduction leaves {self.num_slots}"
+            )
+        return Reduction(
+            _follow(second.slots, self.slots),
+            _follow(self.assign, second.assign),
+            self.weight * _gather(second.weight, self.assign),
+            merges=self.merges or second.merges,
+        )
+
+
+@flax.struct.dataclass
+class DenseReduction:
+    """A many-to-many reduction `out = matrix @ x`.
+
+    Attributes:
+      matrix_: `[B, M, N]` non-negative; rows of real slots sum to 1. `matrix()` returns it.
+    """
+
+    matrix_: Float[Array, "B M N"]
+
+    @property
+    def num_slots(self) -> int:
+        """M, the static number of output slots."""
+        return self.matrix_.shape[1]
+
+    @property
+    def assign(self) -> Int[Array, "B N"]:
+        """`[B, N]` slot that takes most of each token; -1 for tokens that no slot takes."""
+        used = jnp.any(self.matrix_ > 0, axis=1)
+        return jnp.where(used, jnp.argmax(self.matrix_, axis=1).astype(jnp.int32), -1)
+
+    def share(self) -> Float[Array, "B M N"]:
+        """`[B, M, N]` how each token's mass divides over the slots; columns sum to 1, or to 0 where a token is dropped."""
+        total = jnp.sum(self.matrix_, axis=1, keepdims=True)
+        return self.matrix_ / jnp.where(total > 0, total, 1.0)
+
+    def matrix(self) -> Float[Array, "B M N"]:
+        """`[B, M, N]` the linear map itself."""
+        return self.matrix_
+
+    def reduce(self, values: Array) -> Array:
+        """`values [B, N, ...]` mapped to `[B, M, ...]`."""
+        return _combine(self.matrix_, values)
+
+    def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:
+        """`mass [B, N]` divided over the slots that take each token; the total is conserved unless tokens are dropped."""
+        return jnp.einsum("bmn,bn->bm", self.share(), mass, precision=_PRECISION)
+
+    def apply(self, tokens: TokenSet) -> TokenSet:
+        """The reduced token set; `origin` follows the slot that takes most of a token."""
+        return TokenSet(
+            self.reduce(tokens.features),
+            self.reduce_mass(tokens.mass),
+            self.reduce(tokens.coords),
+            _follow(tokens.origin, self.assign),
+        )
+
+    def restore(
+        self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None
+    ) -> Float[Array, "B N D"]:
+        """Every token gets the average of its slots, weighted by its share; dropped tokens get `fill`, or zeros."""
+        restored = _combine(jnp.swapaxes(self.share(), 1, 2), features)
+        return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)
+
+    def then(self, second: Reduction | DenseReduction) -> DenseReduction:
+        """The reduction that does this one and then `second`."""
+        return DenseReduction(_combine(second.matrix(), self.matrix_))
+
+
+def _follow(pointers: Int[Array, "B N0"], table: Int[Array, "B N"]) -> Int[Array, "B N0"]:
+    """`table[pointers]` where both use -1 for nowhere."""
+    return jnp.where(pointers >= 0, jnp.take_along_axis(table, jnp.maximum(pointers, 0), axis=1), -1)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head attention that takes token mass and explicit positions, and hands out signals without changing its output.
+
+Shapes: B batch, N tokens, Q queries, K keys, D features, H heads, G key heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+from adaptive.tokens import Signals
+from layers.linear import Initializer, Linear
+from layers.rotary import rotate
+from pallas_kernels.biased_flash_attention import attention_column_stats, attention_map, biased_attention
+
+# Signals that attention can hand out; all but "attention" without a map of all queries by all keys.
+SIGNALS = ("keys", "queries", "values", "cls_attention", "column_sums", "attention")
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention, `(out [B, Q, D], Signals)`.
+
+    Attributes:
+      heads: H.
+      head_dim: d; D / H when None.
+      kv_heads: G, which divides H; H when None.
+      use_bias: biases of the four projections.
+      scale: factor of the logits; `d ** -0.5` when None (T5: 1.0).
+      softmax: "standard" or "off_by_one".
+      rotary: turns queries and keys by their positions.
+      dtype: of the computation; parameters stay in `param_dtype`.
+      kernel_init: of all projections, unless `query_init` or `out_init` is given.
+      implementation: of the attention kernel; None for the best available.
+    """
+
+    heads: int
+    head_dim: int | None = None
+    kv_heads: int | None = None
+    use_bias: bool = True
+    scale: float | None = None
+    softmax: str = "standard"
+    rotary: bool = False
+    rotary_base: float = 10_000.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    query_init: Initializer | None = None
+    out_init: Initializer | None = None
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        context: Float[Array, "B K D"] | None = None,
+        *,
+        key_bias: Float[Array, "B K"] | None = None,
+        bias: Float[Array, "b H Q K"] | None = None,
+        causal: bool = False,
+        positions: Num[Array, "b Q"] | None = None,
+        context_positions: Num[Array, "b K"] | None = None,
+        signals: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B Q D"], Signals]:
+        """Attends from `x` to `context`, or to `x` itself.
+
+        Args:
+          x, context: `[B, Q, D]`, `[B, K, D]`.
+          key_bias: `[B, K]` added to the logits of each key: log mass, gate values; -inf removes a key.
+          bias: `[1 or B, H, Q, K]` added to the logits.
+          causal: queries see no later keys.
+          positions, context_positions: `[B or 1, Q]`, `[B or 1, K]` for rotary embedding; 0, 1, ... when None.
+          signals: what to hand out, of `SIGNALS`; other fields of the result are None. Keys, queries and values are means
+            over heads, before any rotation. Column sums leave out the queries of removed keys in self-attention.
+
+        Raises:
+          ValueError: an unknown signal, a class row under a causal mask, or shapes that do not fit.
+        """
+        source = x if context is None else context
+        query = self._project("query", x, self.heads, self.query_init)
+        key = self._project("key", source, self.kv_heads or self.heads)
+        value = self._project("value", source, self.kv_heads or self.heads)
+        turned_query, turned_key = query, key
+        if self.rotary:
+            key_positions = positions if context is None else context_positions
+            turned_query, turned_key = self._rotate(query, positions), self._rotate(key, key_positions)
+        options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": self.softmax, "scale": self.scale}
+        out = biased_attention(turned_query, turned_key, value, implementation=self.implementation, **options)
+        out = Linear(
+            x.shape[-1:],
+            ("heads", "head_dim", "embed"),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.out_init or self.kernel_init,
+            name="out",
+        )(out)
+        _check_signals(signals, causal)
+        handed = {
+            name: jnp.mean(values, axis=2)
+            for name, values in (("keys", key), ("queries", query), ("values", value))
+            if name in signals
+        }
+        weight = jnp.isfinite(key_bias) if key_bias is not None and context is None else None
+        handed |= _attention_signals(turned_query, turned_key, signals, weight, self.implementation, options)
+        return out, Signals(**handed)
+
+    def _project(self, name: str, x: Array, heads: int, init: Initializer | None = None) -> Float[Array, "B N H d"]:
+        if self.head_dim is None and x.shape[-1] % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {x.shape[-1]}; set head_dim")
+        return Linear(
+            (heads, self.head_dim or x.shape[-1] // self.heads),
+            ("embed", "heads", "head_dim"),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=init or self.kernel_init,
+            name=name,
+        )(x)
+
+    def _rotate(self, x: Float[Array, "B N H d"], positions: Num[Array, "b N"] | None) -> Float[Array, "B N H d"]:
+        if positions is None:
+            positions = jnp.arange(x.shape[1])[None]
+        return rotate(x, positions, base=self.rotary_base)
+
+
+def _check_signals(signals: tuple[str, ...], causal: bool) -> None:
+    if unknown := sorted(set(signals) - set(SIGNALS)):
+        raise ValueError(f"attention cannot hand out {unknown}; it has {SIGNALS}")
+    if causal and "cls_attention" in signals:
+        raise ValueError("cls_attention is the row of token 0, which sees only itself under a causal mask")
+
+
+def _attention_signals(
+    query: Array, key: Array, signals: tuple[str, ...], weight: Array | None, implementation: str | None, options: dict
+) -> dict[str, Array]:
+    """The signals that come from the map itself, each with as much of the map as it needs."""
+    handed = {}
+    if "cls_attention" in signals:
+        bias = options["bias"]
+        first = {**options, "bias": None if bias is None else bias[:, :, :1]}
+        row = attention_column_stats(query[:, :1], key, implementation=implementation, **first)
+        handed["cls_attention"] = jnp.mean(row, axis=1)
+    if "column_sums" in signals:
+        sums = attention_column_stats(query, key, query_weight=weight, implementation=implementation, **options)
+        handed["column_sums"] = jnp.mean(sums, axis=1)
+    if "attention" in signals:
+        handed["attention"] = attention_map(query, key, **options)
+    return handed

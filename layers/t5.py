@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoder-decoder T5 (version 1.1) and byte-level ByT5, with hooks after encoder layers and a delete gate.
+
+Shapes: B batch, N encoder tokens, M encoder tokens after a reduction, T decoder tokens, D width, H heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from adaptive import flops, ragged, registry
+from adaptive.deletion import gate as deletion_gate
+from adaptive.tokens import Reduction, Signals, TokenSet
+from layers.attention import Attention
+from layers.delete_gate import DeleteGate
+from layers.mlp import GatedMlp
+from layers.norms import RMSNorm
+from layers.relative_bias import RelativeBias
+
+DELETIONS = (None, "soft", "hard")
+
+# Encoder and decoder layers, D, MLP, heads (64 wide each). Source: Xue et al. 2022 (ByT5), table 1.
+SHAPES = {
+    "byt5-small": dict(encoder_layers=12, decoder_layers=4, width=1472, mlp_dim=3584, heads=6),
+    "byt5-base": dict(encoder_layers=18, decoder_layers=6, width=1536, mlp_dim=3968, heads=12),
+    "byt5-large": dict(encoder_layers=36, decoder_layers=12, width=1536, mlp_dim=3840, heads=16),
+}
+
+
+def _normal(deviation: float, axes: tuple[str, ...]) -> Any:
+    return nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
+
+
+@flax.struct.dataclass
+class _State:
+    """The encoder between two layers.
+
+    Attributes:
+      tokens: the token set; gate: `[B, N]` values that fade keys, or None; reduction: all that hooks did so far, or None.
+      moved: static; True once the rows' positions may differ.
+    """
+
+    tokens: TokenSet
+    gate: Any = None
+    reduction: Any = None
+    moved: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def key_bias(self) -> Float[Array, "B N"]:
+        """Log mass (0 for a plain token, -inf for padding) plus the gate."""
+        return self.tokens.log_mass if self.gate is None else self.tokens.log_mass + self.gate
+
+    def reduce(self, reduction: Reduction) -> _State:
+        """The state after a reduction of its tokens."""
+        return _State(
+            reduction.apply(self.tokens),
+            None if self.gate is None else reduction.reduce(self.gate),
+            reduction if self.reduction is None else self.reduction.then(reduction),
+            moved=True,
+        )
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and gated MLP; sizes as in `T5`. Returns the features and the signals asked for."""
+
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    softmax: str
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], bias: Array, key_bias: Array, signals: tuple[str, ...], deterministic: bool
+    ) -> tuple[Float[Array, "B N D"], Signals]:
+        """`x` after the layer; `bias [1 or B, H, N, N]`, `key_bias [B, N]`."""
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        attended, found = _attention(self, "attention", x.shape[-1])(
+            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
+        )
+        x = x + drop(attended)
+        return x + drop(
+            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
+        ), found
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self-attention, cross-attention and gated MLP; sizes as in `T5`."""
+
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    softmax: str
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B M D"],
+        bias: Array,
+        key_bias: Array,
+        deterministic: bool,
+    ) -> Float[Array, "B T D"]:
+        """`x` after the layer; `encoded` is attended to with `key_bias [B, M]`."""
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        own, _ = _attention(self, "attention", x.shape[-1])(
+            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, causal=True
+        )
+        x = x + drop(own)
+        cross, _ = _attention(self, "cross_attention", x.shape[-1])(
+            RMSNorm(dtype=self.dtype, name="cross_norm")(x), encoded, key_bias=key_bias
+        )
+        x = x + drop(cross)
+        return x + drop(
+            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
+        )
+
+
+def _attention(layer: EncoderLayer | DecoderLayer, name: str, width: int) -> Attention:
+    inner = layer.heads * layer.head_dim
+    return Attention(
+        heads=layer.heads,
+        head_dim=layer.head_dim,
+        use_bias=False,
+        # T5 does not scale the logits; its query initialiser does instead.
+        scale=1.0,
+        softmax=layer.softmax,
+        dtype=layer.dtype,
+        query_init=nn.initializers.normal((width * layer.head_dim) ** -0.5),
+        kernel_init=nn.initializers.normal(width**-0.5),
+        out_init=nn.initializers.normal(inner**-0.5),
+        name=name,
+    )
+
+
+def _mlp(layer: EncoderLayer | DecoderLayer, width: int) -> GatedMlp:
+    return GatedMlp(
+        layer.mlp_dim,
+        activation="gelu_tanh",
+        dropout=layer.dropout,
+        dtype=layer.dtype,
+        kernel_init=nn.initializers.normal(width**-0.5),
+        out_init=nn.initializers.normal(layer.mlp_dim**-0.5),
+        name="mlp",
+    )
+
+
+class _ScannedEncoderLayer(nn.Module):
+    """An encoder layer in the form that `nn.scan` wants."""
+
+    layer: dict[str, Any]
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, key_bias: Array, deterministic: bool) -> tuple[Array, None]:
+        return EncoderLayer(**self.layer, name="layer")(x, bias, key_bias, (), deterministic)[0], None
+
+
+class _ScannedDecoderLayer(nn.Module):
+    """A decoder layer in the form that `nn.scan` wants."""
+
+    layer: dict[str, Any]
+
+    @nn.compact
+    def __call__(
+        self, x: Array, encoded: Array, bias: Array, key_bias: Array, deterministic: bool
+    ) -> tuple[Array, None]:
+        return DecoderLayer(**self.layer, name="layer")(x, encoded, bias, key_bias, deterministic), None
+
+
+class T5(nn.Module):
+    """Encoder-decoder transformer with T5 1.1 blocks (pre-RMSNorm, no biases, gated GELU, bucketed relative positions).
+
+    The encoder can change its tokens in two ways. `hooks` reduce them after chosen layers (`layers.hooks.Reduce` with
+    place "after"), and a deletion method named by `gate` acts once, after `gate_layer` layers: with `deletion="soft"` its
+    values fade keys in all later encoder layers and in cross-attention; with `deletion="hard"` the deleted tokens are gone
+    from there on, packed into `capacity` slots or into the smallest rung of the ladder `rungs` that holds every row.
+
+    Attributes:
+      vocab_size, width, mlp_dim, heads, head_dim, encoder_layers, decoder_layers: sizes; 0 decoder layers is an encoder.
+      softmax: "standard", or "off_by_one" as all models of the MrT5 family use.
+      gate: name of a registered deletion method, or None; gate_layer: layers before it; gate_hyper: its keyword arguments.
+      rungs: ladder for hard deletion, rising, the last at least N; capacity: a single static length instead. With neither,
+        hard deletion compacts without shrinking.
+      hooks: after encoder layers.
+      dropout, tie_embeddings, num_buckets, max_distance: as in T5.
+      remat: recompute each layer in the backward pass; scan_layers: one compiled layer for the whole stack.
+      dtype: of the computation; parameters stay float32.
+
+    Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated GELU), Xue et al. 2022 (ByT5), Kallini et al. 2025 (MrT5).
+
+    Differs: the output head starts from fan-in variance, not from the unit variance of the public PyTorch code.
+    """
+
+    vocab_size: int = 384
+    width: int = 512
+    mlp_dim: int = 1024
+    heads: int = 6
+    encoder_layers: int = 8
+    decoder_layers: int = 8
+    head_dim: int = 64
+    softmax: str = "standard"
+    gate: str | None = None
+    gate_layer: int = 3
+    gate_hyper: tuple[tuple[str, Any], ...] = ()
+    rungs: tuple[int, ...] | None = None
+    capacity: int | None = None
+    hooks: tuple[Any, ...] = ()
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    num_buckets: int = 32
+    max_distance: int = 128
+    remat: bool = False
+    scan_layers: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Creates all parts, so that the branches of a ladder share them."""
+        self._check()
+        self.embedding = nn.Embed(
+            self.vocab_size, self.width, dtype=self.dtype, embedding_init=_normal(1.0, ("vocab", "embed"))
+        )
+        bias = dict(
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+            embedding_init=nn.initializers.normal(self.width**-0.5),
+        )
+        self.encoder_bias = RelativeBias(self.heads, bidirectional=True, **bias)
+        self.encoder_norm = RMSNorm(dtype=self.dtype)
+        split = self.gate_layer if self.gate else 0
+        self.lower = self._stack(_ScannedEncoderLayer, EncoderLayer, range(split), "lower_stack")
+        self.upper = self._stack(_ScannedEncoderLayer, EncoderLayer, range(split, self.encoder_layers), "upper_stack")
+        if self.gate and "gate_logits" in registry.describe(self.gate).signals:
+            self.delete_gate = DeleteGate()
+        if self.decoder_layers:
+            self.decoder_bias = RelativeBias(self.heads, bidirectional=False, **bias)
+            self.decoder = self._stack(_ScannedDecoderLayer, DecoderLayer, range(self.decoder_layers), "decoder_stack")
+            self.decoder_norm = RMSNorm(dtype=self.dtype)
+            if not self.tie_embeddings:
+                self.head = nn.Dense(
+                    self.vocab_size,
+                    use_bias=False,
+                    dtype=self.dtype,
+                    kernel_init=_normal(self.width**-0.5, ("embed", "vocab")),
+                )
+
+    def _check(self) -> None:
+        if self.gate is not None and not 1 <= self.gate_layer <= self.encoder_layers:
+            raise ValueError(f"gate_layer must lie in 1..{self.encoder_layers} (the encoder); got {self.gate_layer}")
+        if self.gate is not None and registry.describe(self.gate).kind != "deletion":
+            raise ValueError(f"gate={self.gate!r} is no deletion method; one of {registry.names('deletion')}")
+        if self.rungs is not None and self.capacity is not None:
+            raise ValueError("give rungs (a ladder) or capacity (one static length), not both")
+        if self.hooks and self.scan_layers:
+            raise ValueError(
+                "hooks change the shapes between layers, so the layers must be unrolled: scan_layers=False"
+            )
+        for hook in self.hooks:
+            if hook.place != "after":
+                raise ValueError(
+                    f"the encoder of T5 takes hooks after a layer (place='after'); got place={hook.place!r}"
+                )
+
+    def _stack(self, scanned: type, single: type, layers: range, name: str) -> Any:
+        """The layers of a stack: one scanned module, or a list of modules numbered through the whole encoder."""
+        sizes = dict(
+            heads=self.heads,
+            head_dim=self.head_dim,
+            mlp_dim=self.mlp_dim,
+            softmax=self.softmax,
+            dropout=self.dropout,
+            dtype=self.dtype,
+        )
+        if not layers:
+            return ()
+        if not self.scan_layers:
+            # Argument numbers count the module itself as 0.
+            arguments = (4, 5) if single is EncoderLayer else (5,)
+            layer = nn.remat(single, static_argnums=arguments) if self.remat else single
+            prefix = "decoder" if single is DecoderLayer else "encoder"
+            return [layer(**sizes, name=f"{prefix}_{index}") for index in layers]
+        arguments = 4 if single is EncoderLayer else 5
+        layer = nn.remat(scanned, static_argnums=(arguments,), prevent_cse=False) if self.remat else scanned
+        return nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=len(layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(sizes, name=name)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B N"],
+        attention_mask: Bool[Array, "B N"] | None = None,
+        decoder_input_ids: Int[Array, "B T"] | None = None,
+        *,
+        deletion: str | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Array, dict[str, Any]]:
+        """Scores decoder tokens, or encodes when there are none.
+
+        Args:
+          input_ids: `[B, N]`.
+          attention_mask: `[B, N]` True (or 1) for real tokens; `input_ids != 0` when None.
+          decoder_input_ids: `[B, T]`, shifted right, starting with id 0.
+          deletion: None (every token stays), "soft" or "hard".
+          deterministic: no dropout.
+
+        Returns:
+          `(logits [B, T, V], aux)`, or `(features [B, N, D], aux)` for the encoder alone (after hard deletion the survivors
+          stand left-packed with zeros behind them). `aux`: "tokens" `[L, B]` real tokens after each encoder layer;
+          "token_set" after the encoder (None after hard deletion) and "reduction", all that hooks did; "delete_gate" `[B, N]`
+          gate values, "kept" `[B, N]` what hard deletion keeps, "gate_tokens" the token set that the gate saw; "losses".
+
+        Raises:
+          ValueError: an unknown deletion mode, deletion without a gate, a sequence longer than the ladder.
+        """
+        self._check_call(decoder_input_ids, deletion)
+        mask = input_ids != 0 if attention_mask is None else attention_mask.astype(bool)
+        state = _State(TokenSet.create(self.embedding(input_ids), mask=mask))
+        counts: list[Array] = []
+        state = self._encode(self.lower, 0, state, counts, deterministic)
+        aux: dict[str, Any] = {"losses": {}, "delete_gate": None, "kept": None, "gate_tokens": None}
+        # Gate parameters are created even when the first call does not delete.
+        if self.gate and (deletion or self.is_initializing()):
+            gate = self._gate_values(state, input_ids)
+            aux |= {"delete_gate": gate, "gate_tokens": state.tokens}
+            aux["kept"] = deletion_gate.kept(gate, state.tokens, scale=self._scale)
+            # Parameters must exist before the branches of a ladder share them: never initialise inside one.
+            if deletion == "hard" and not self.is_initializing():
+                output = self._finish_hard(state, gate, aux["kept"], decoder_input_ids, deterministic)
+                left = [jnp.sum(aux["kept"], axis=-1, dtype=jnp.int32)] * (self.encoder_layers - len(counts) + 1)
+                counts = [*counts[:-1], *left]
+                return output, aux | {"tokens": jnp.stack(counts), "token_set": None, "reduction": state.reduction}
+            state = state.replace(gate=gate)
+        state = self._encode(self.upper, len(counts), state, counts, deterministic)
+        output = self._decode(state, decoder_input_ids, deterministic)
+        return output, aux | {"tokens": jnp.stack(counts), "token_set": state.tokens, "reduction": state.reduction}
+
+    def _check_call(self, decoder_input_ids: Array | None, deletion: str | None) -> None:
+        if deletion not in DELETIONS:
+            raise ValueError(f"deletion={deletion!r}; one of {DELETIONS}")
+        if deletion and not self.gate:
+            raise ValueError(f"deletion={deletion!r} needs a model with a gate; this one has gate=None")
+        if decoder_input_ids is not None and not self.decoder_layers:
+            raise ValueError("this model has no decoder layers, but decoder_input_ids were given")
+
+    @property
+    def _scale(self) -> float:
+        return dict(self.gate_hyper).get("scale", deletion_gate.SCALE)
+
+    def _gate_values(self, state: _State, input_ids: Int[Array, "B N"]) -> Float[Array, "B N"]:
+        """Gate values `[B, N]` of the registered deletion method."""
+        needs = registry.describe(self.gate).signals
+        hyper = dict(self.gate_hyper)
+        signals = Signals(
+            gate_logits=self.delete_gate(state.tokens.features) if "gate_logits" in needs else None,
+            token_ids=input_ids if state.reduction is None else state.reduction.reduce(input_ids),
+            rng=self.make_rng("deletion") if "rng" in needs or hyper.get("gumbel") else None,
+            layer=self.gate_layer,
+        )
+        return registry.get(self.gate)(state.tokens, signals, **hyper)
+
+    def _encode(self, layers: Any, first: int, state: _State, counts: list[Array], deterministic: bool) -> _State:
+        """Runs a stack of encoder layers, of which `first` is the first; appends real tokens after each to `counts`."""
+        if not layers:
+            return state
+        if self.scan_layers:
+            bias = self._encoder_bias(state)
+            features, _ = layers(state.tokens.features, bias, state.key_bias, deterministic)
+            layers_run = (self.gate_layer if layers is self.lower else self.encoder_layers) - first
+            counts.extend([state.tokens.count] * layers_run)
+            return state.replace(tokens=state.tokens.replace(features=features))
+        bias = self._encoder_bias(state)
+        for index, layer in enumerate(layers, start=first):
+            hooks = [hook for hook in self.hooks if hook.acts_at(index, state.tokens.features.shape[1])]
+            asked = tuple(sorted({name for hook in hooks for name in hook.signals} - {"rng"}))
+            features, signals = layer(state.tokens.features, bias, state.key_bias, asked, deterministic)
+            state = state.replace(tokens=state.tokens.replace(features=features))
+            for hook in hooks:
+                rng = self.make_rng("reduction") if "rng" in hook.signals else None
+                state = state.reduce(hook(state.tokens, signals.replace(layer=index, rng=rng)))
+                bias = self._encoder_bias(state)
+            counts.append(state.tokens.count)
+        return state
+
+    def _encoder_bias(self, state: _State) -> Float[Array, "b H N N"]:
+        """Relative bias at the original positions; without a batch axis to repeat while all rows share them."""
+        coords = state.tokens.coords[..., 0]
+        positions = coords if state.moved else coords[:1]
+        return self.encoder_bias(positions, positions)
+
+    def _decode(self, state: _State, decoder_input_ids: Array | None, deterministic: bool) -> Array:
+        """Logits `[B, T, V]`, or the normed encoder features without decoder tokens."""
+        encoded = self.encoder_norm(state.tokens.features)
+        if decoder_input_ids is None:
+            return encoded
+        positions = jnp.arange(decoder_input_ids.shape[1], dtype=jnp.float32)[None]
+        bias = self.decoder_bias(positions, positions)
+        x = self.embedding(decoder_input_ids)
+        if self.scan_layers:
+            x, _ = self.decoder(x, encoded, bias, state.key_bias, deterministic)
+        else:
+            for layer in self.decoder:
+                x = layer(x, encoded, bias, state.key_bias, deterministic)
+        x = self.decoder_norm(x)
+        logits = self.embedding.attend(x * self.width**-0.5) if self.tie_embeddings else self.head(x)
+        return logits.astype(jnp.float32)
+
+    def _finish_hard(
+        self,
+        state: _State,
+        gate: Float[Array, "B N"],
+        keep: Bool[Array, "B N"],
+        decoder_input_ids: Array | None,
+        deterministic: bool,
+    ) -> Array:
+        """What `_encode` and `_decode` give with the deleted tokens gone."""
+        length = keep.shape[1]
+
+        def work(reduction: Reduction, module: T5, state: _State, decoder_input_ids: Array | None) -> Array:
+            state = module._encode(module.upper, module.gate_layer, state.reduce(reduction), [], deterministic)
+            output = module._decode(state, decoder_input_ids, deterministic)
+            if decoder_input_ids is not None:
+                return output
+            # Every rung must return the same shape: survivors first, zeros behind them.
+            output = jnp.where(state.tokens.valid[..., None], output, 0)
+            return jnp.pad(output, ((0, 0), (0, length - output.shape[1]), (0, 0)))
+
+        if self.rungs is not None:
+            return ragged.on_ladder(work, keep, self.rungs, self, state, decoder_input_ids, switch=_lifted_switch)
+        if self.capacity is None:
+            reduction = ragged.compact(keep, length, overflow="forbid")
+        else:
+            reduction = ragged.compact(keep, min(self.capacity, length), overflow="best", scores=gate)
+        return work(reduction, self, state, decoder_input_ids)
+
+    def spec(self) -> flops.T5Spec:
+        """Sizes for `adaptive.flops.count`."""
+        return flops.T5Spec(
+            vocab_size=self.vocab_size,
+            width=self.width,
+            mlp_dim=self.mlp_dim,
+            inner=self.heads * self.head_dim,
+            encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers,
+        )
+
+
+def _lifted_switch(index: Array, branches: list[Any], keep: Array, module: T5, *operands: Any) -> Any:
+    """`nn.switch` with the argument order of `ragged.on_ladder`: the module is an operand there, and first here."""
+
+    def lift(branch: Any) -> Any:
+        return lambda module, keep, *operands: branch(keep, module, *operands)
+
+    return nn.switch(index, [lift(branch) for branch in branches], module, keep, *operands)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public functions of biased attention.
+
+Shapes: B batch, Q queries, K keys, H heads, G key heads (G divides H), d head width.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.biased_flash_attention import reference, xla
+
+SOFTMAX = ("standard", "off_by_one")
+
+
+def biased_attention(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    value: Float[Array, "B K G d"],
+    *,
+    key_bias: Float[Array, "B K"] | None = None,
+    bias: Float[Array, "b H Q K"] | None = None,
+    causal: bool = False,
+    softmax: str = "standard",
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B Q H d"]:
+    """Attention `softmax(scale q k + bias + key_bias) v`, `[B, Q, H, d]` in the dtype of `query`.
+
+    Args:
+      query, key, value: `[B, Q, H, d]`, `[B, K, G, d]`, `[B, K, G, d]`; query head h reads key head `h // (H / G)`.
+      key_bias: `[B, K]` added to the logits of each key (log mass, gate values); -inf removes a key.
+      bias: `[1 or B, H, Q, K]` added to the logits (relative positions).
+      causal: query i, standing at key i + K - Q, sees no key after it.
+      softmax: "standard", or "off_by_one" with a 1 added to the denominator, so that a query may attend to nothing.
+      scale: factor of the products; `d ** -0.5` when None.
+      implementation: "tpu", "gpu", "xla", "interpret", or None for the best available.
+
+    The softmax is in float32. A query without any key left gets zeros, with finite gradients.
+
+    Raises:
+      ValueError: shapes do not fit, or an unknown `softmax`.
+      NotImplementedError: the named implementation is not there.
+
+    Source: key bias log(size): Bolya et al. 2023, eq. 1; softmax off by one: Miller 2023, as used by Kallini et al. 2025.
+    """
+    _check(query, key, value, key_bias, bias, causal, softmax)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": softmax, "scale": scale}
+    return dispatch.call(
+        "biased_attention", {"xla": xla.biased_attention}, implementation, query, key, value, **options
+    )
+
+
+def attention_column_stats(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    *,
+    key_bias: Float[Array, "B K"] | None = None,
+    bias: Float[Array, "b H Q K"] | None = None,
+    causal: bool = False,
+    softmax: str = "standard",
+    scale: float | None = None,
+    query_weight: Float[Array, "B Q"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B H K"]:
+    """Attention that each key receives, summed over queries weighted by `query_weight [B, Q]`: `[B, H, K]` float32.
+
+    The map is never held whole: rows are computed, summed and dropped block by block, in the backward pass too. Other
+    arguments and errors are those of `biased_attention`.
+    """
+    _check(query, key, None, key_bias, bias, causal, softmax)
+    if query_weight is not None and query_weight.shape != query.shape[:2]:
+        raise ValueError(f"query_weight must be [B, Q] = {query.shape[:2]}; got {query_weight.shape}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": softmax, "scale": scale}
+    options["query_weight"] = query_weight
+    return dispatch.call(
+        "attention_column_stats", {"xla": xla.attention_column_stats}, implementation, query, key, **options
+    )
+
+
+def attention_map(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    *,
+    key_bias: Float[Array, "B K"] | None = None,
+    bias: Float[Array, "b H Q K"] | None = None,
+    causal: bool = False,
+    softmax: str = "standard",
+    scale: float | None = None,
+) -> Float[Array, "B H Q K"]:
+    """The whole map `[B, H, Q, K]` in float32, for small cases and pictures; arguments and errors of `biased_attention`."""
+    _check(query, key, None, key_bias, bias, causal, softmax)
+    options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": softmax, "scale": scale}
+    return reference.attention_map(query, key, **options)
+
+
+def _check(
+    query: Array,
+    key: Array,
+    value: Array | None,
+    key_bias: Array | None,
+    bias: Array | None,
+    causal: bool,
+    softmax: str,
+) -> None:
+    if query.ndim != 4 or key.ndim != 4:
+        raise ValueError(f"query and key must be [B, N, heads, d]; got {query.shape} and {key.shape}")
+    (batch, rows, heads, width), (_, columns, groups, _) = query.shape, key.shape
+    if key.shape[0] != batch or key.shape[3] != width:
+        raise ValueError(f"key {key.shape} does not fit query {query.shape}: batch and head width must agree")
+    if heads % groups:
+        raise ValueError(f"the number of key heads must divide the number of query heads; got {groups} and {heads}")
+    if value is not None and value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value {value.shape} must have the batch, length and heads of key {key.shape}")
+    if key_bias is not None and key_bias.shape != (batch, columns):
+        raise ValueError(f"key_bias must be [B, K] = {(batch, columns)}; got {key_bias.shape}")
+    if bias is not None and (bias.shape[0] not in (1, batch) or bias.shape[1:] != (heads, rows, columns)):
+        raise ValueError(f"bias must be [1 or {batch}, H, Q, K] with {(heads, rows, columns)}; got {bias.shape}")
+    if causal and rows > columns:
+        raise ValueError(f"causal attention needs at least as many keys as queries; got {columns} keys, {rows} queries")
+    if softmax not in SOFTMAX:
+        raise ValueError(f"softmax={softmax!r} is not one of {SOFTMAX}")

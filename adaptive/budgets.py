@@ -6,6 +6,7 @@ Letters: L layers, N tokens, r tokens removed at a layer.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 
@@ -34,11 +35,17 @@ def capacity(budget: Budget) -> int:
 
 
 def check(budget: Budget, length: int, method: str = "the method") -> Budget:
-    """`budget` if it fits `length` tokens.
+    """`budget` if it fits `length` tokens; an integer of any type comes back as an int.
 
     Raises:
+      TypeError: the budget is neither a whole number nor a threshold.
       ValueError: the number of surviving tokens is not in `1..length`.
     """
+    if not isinstance(budget, Threshold):
+        try:
+            budget = operator.index(budget)
+        except TypeError as error:
+            raise TypeError(f"{method}: a budget is a whole number of tokens; got {budget!r}") from error
     slots = capacity(budget)
     if not 1 <= slots <= length:
         raise ValueError(

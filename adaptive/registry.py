@@ -119,7 +119,7 @@ def describe(name: str) -> Record:
     _load()
     if name not in _RECORDS:
         near = difflib.get_close_matches(name, _RECORDS, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
         raise KeyError(f"no method is registered as {name!r}{hint} Registered: {', '.join(names())}")
     return _RECORDS[name]
 
@@ -152,7 +152,7 @@ def get(name: str) -> Callable[..., Any]:
 
 def _reduce(record: Record, tokens: TokenSet, signals: Signals, budget: budgets.Budget, **hyper: Any) -> Any:
     batch, length, _ = tokens.features.shape
-    budgets.check(budget, length, record.name)
+    budget = budgets.check(budget, length, record.name)
     # Keeping every token is the dense model exactly, whatever the method would do to its order or its weights.
     if isinstance(budget, int) and budget == length:
         return Reduction.identity(batch, length)

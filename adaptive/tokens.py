@@ -172,6 +172,10 @@ class Reduction:
         """`[B, M, N]` 1 where token n joins slot m."""
         return jax.nn.one_hot(self.assign, self.num_slots, axis=1, dtype=jnp.float32)
 
+    def share(self) -> Float[Array, "B M N"]:
+        """`[B, M, N]` how each token's mass divides over the slots: here all of it goes to the slot it joins."""
+        return self.support()
+
     def matrix(self) -> Float[Array, "B M N"]:
         """`[B, M, N]` the linear map itself."""
         return self.support() * self.weight[:, None, :]
@@ -205,13 +209,14 @@ class Reduction:
         return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)
 
     def then(self, second: Reduction | DenseReduction) -> Reduction | DenseReduction:
-        """The reduction that does this one and then `second` (over this one's M slots)."""
+        """The reduction that does this one and then `second`.
+
+        Raises:
+          ValueError: `second` does not reduce as many tokens as this one leaves.
+        """
+        _check_chain(self, second)
         if isinstance(second, DenseReduction):
-            return DenseReduction(_combine(second.matrix_, self.matrix()))
-        if second.assign.shape[1] != self.num_slots:
-            raise ValueError(
-                f"second reduces {second.assign.shape[1]} tokens, but this reduction leaves {self.num_slots}"
-            )
+            return _compose(self, second)
         return Reduction(
             _follow(second.slots, self.slots),
             _follow(self.assign, second.assign),
@@ -226,9 +231,12 @@ class DenseReduction:
 
     Attributes:
       matrix_: `[B, M, N]` non-negative; rows of real slots sum to 1. `matrix()` returns it.
+      share_: `[B, M, N]` how each token's mass divides over the slots, where that does not follow from `matrix_`: scaling the
+        columns of a product is not the product of scaled columns. None (a single step): the columns of `matrix_` scaled to 1.
     """
 
     matrix_: Float[Array, "B M N"]
+    share_: Float[Array, "B M N"] | None = None
 
     @property
     def num_slots(self) -> int:
@@ -238,11 +246,13 @@ class DenseReduction:
     @property
     def assign(self) -> Int[Array, "B N"]:
         """`[B, N]` slot that takes most of each token; -1 for tokens that no slot takes."""
-        used = jnp.any(self.matrix_ > 0, axis=1)
-        return jnp.where(used, jnp.argmax(self.matrix_, axis=1).astype(jnp.int32), -1)
+        share = self.share()
+        return jnp.where(jnp.any(share > 0, axis=1), jnp.argmax(share, axis=1).astype(jnp.int32), -1)
 
     def share(self) -> Float[Array, "B M N"]:
-        """`[B, M, N]` how each token's mass divides over the slots; columns sum to 1, or to 0 where a token is dropped."""
+        """`[B, M, N]` how each token's mass divides over the slots; columns sum to 1, less what is dropped."""
+        if self.share_ is not None:
+            return self.share_
         total = jnp.sum(self.matrix_, axis=1, keepdims=True)
         return self.matrix_ / jnp.where(total > 0, total, 1.0)
 
@@ -275,8 +285,19 @@ class DenseReduction:
         return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)
 
     def then(self, second: Reduction | DenseReduction) -> DenseReduction:
-        """The reduction that does this one and then `second`."""
-        return DenseReduction(_combine(second.matrix(), self.matrix_))
+        """The reduction that does this one and then `second`; errors as in `Reduction.then`."""
+        _check_chain(self, second)
+        return _compose(self, second)
+
+
+def _check_chain(first: Reduction | DenseReduction, second: Reduction | DenseReduction) -> None:
+    length = second.matrix_.shape[2] if isinstance(second, DenseReduction) else second.assign.shape[1]
+    if length != first.num_slots:
+        raise ValueError(f"second reduces {length} tokens, but this reduction leaves {first.num_slots}")
+
+
+def _compose(first: Reduction | DenseReduction, second: Reduction | DenseReduction) -> DenseReduction:
+    return DenseReduction(_combine(second.matrix(), first.matrix()), _combine(second.share(), first.share()))
 
 
 def _follow(pointers: Int[Array, "B N0"], table: Int[Array, "B N"]) -> Int[Array, "B N0"]:

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that are written in the background, checked when read, and never trusted blindly.
 
-One folder a step holds three items: `state` (arrays, through orbax), `data` (the position of the grain iterator) and
-`meta` (JSON). Orbax renames a folder to its final name only when all is written; that leaves damage of finished folders
-(flipped bits, cut or lost files). So `meta` also holds a checksum of itself and of the data position, and for each leaf
-its shape, dtype and a fingerprint of its bits, all compared again after reading. What fails is reported and skipped for
-the checkpoint before it; a checkpoint that is sound but belongs to another model is an error instead.
-
-Leaves are stored under the names of their tree paths ("params/encoder/kernel"), so any pytree can be saved, None and
-empty containers cost nothing, and a part can be read alone. Typed PRNG keys are stored as their key data.
+One folder a step holds `state` (arrays, through orbax), `data` (the position of the grain iterator) and `meta` (JSON).
+Orbax renames a folder to its final name when all is written; flipped bits and cut or lost files come later. So `meta` has
+a checksum of itself and of the data position, and for each leaf its shape, dtype and a fingerprint of its bits, compared
+again after reading. What fails is reported and skipped for the checkpoint before it; a sound checkpoint of another model
+is an error. Leaves are stored under the names of their tree paths ("params/encoder/kernel"), so any pytree can be saved,
+None and empty containers cost nothing, and a part can be read alone. Typed PRNG keys are stored as their key data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import itertools
 import json
 import logging
 import math
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -30,7 +32,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-_FORMAT = 1
 _TMP_MARK = ".orbax-checkpoint-tmp"
 _OTHER = "use the config it was written with, or choose another --workdir"
 _log = logging.getLogger(__name__)
@@ -69,14 +70,12 @@ class Restored:
 
 @dataclasses.dataclass(frozen=True)
 class _Keep:
-    """Orbax preservation policy: the newest `count`, and the one with the best metric."""
+    """Orbax preservation policy: one bool for each checkpoint; the newest `count` are kept, and the best one."""
 
     count: int
     best: Callable[[], int | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One bool for each checkpoint, oldest first."""
-        del context
         best = self.best()
         return [i >= len(checkpoints) - self.count or info.step == best for i, info in enumerate(checkpoints)]
 
@@ -140,10 +139,9 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _score(self, step: int) -> float | None:
         if self.best_metric and step not in self._scores:
-            try:
+            self._scores[step] = None
+            with contextlib.suppress(DamagedCheckpoint):  # reported when it is to be restored
                 self._scores[step] = self._read_meta(step)["metrics"].get(self.best_metric)
-            except DamagedCheckpoint:  # reported when it is to be restored
-                self._scores[step] = None
         return self._scores.get(step)
 
     def maybe_save(
@@ -161,25 +159,21 @@ class Checkpointer(contextlib.AbstractContextManager):
           step: optimiser steps done.
           state: pytree of jax arrays, typed PRNG keys, NumPy arrays and numbers.
           data_iterator: grain iterator whose position is stored, or None.
-          meta: JSON data of the caller.
-          metrics: evaluation scalars of this step; None at a step without evaluation.
+          meta: JSON data of the caller; metrics: evaluation scalars, None at a step without evaluation.
 
         Raises:
           ValueError: when `step` lies before the newest checkpoint, or `metrics` lacks `best_metric`.
           TypeError: when `meta` is not JSON, or a leaf's dtype is one that jax does not keep.
         """
         step = int(step)
-        due = force or (self.every is not None and step % self.every == 0)
-        if not due or step in self.steps():
+        if not (force or (self.every and step % self.every == 0)) or step in self.steps():
             return False
         if step < (self.latest_step or 0):
-            raise ValueError(
-                f"step {step} lies before the newest checkpoint ({self.latest_step}) in {self.directory}: restore first, "
-                "or start anew in another directory"
-            )
+            where = f"the newest checkpoint ({self.latest_step}) in {self.directory}"
+            raise ValueError(f"step {step} lies before {where}: restore it first, or use another directory")
         scalars = self._finite(metrics)
         arrays, leaves = _storable(state)
-        body = {"format": _FORMAT, "step": step, "config_hash": self.config_hash, "meta": meta}
+        body = {"step": step, "config_hash": self.config_hash, "meta": meta}
         body |= {"metrics": scalars, "leaves": leaves, "data": _position_checksums(data_iterator)}
         items = {"state": ocp.args.StandardSave(_nest(arrays)), "meta": ocp.args.JsonSave(_seal(body))}
         if data_iterator is not None:
@@ -237,9 +231,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         half_written = self._report_half_written()
         restored, damaged = self._first_sound(self.steps()[::-1], abstract_state, "", data_iterator)
         self._move_aside(damaged)
-        if restored is None:
-            return None
-        return dataclasses.replace(restored, skipped=(*half_written, *damaged.values()))
+        return restored and dataclasses.replace(restored, skipped=(*half_written, *damaged.values()))
 
     def restore_params(
         self, abstract_params: Any, step: int | str | None = None, *, collection: str = "params"
@@ -253,8 +245,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
         Raises:
           FileNotFoundError: no checkpoint, or none of this step, or none with the metric.
-          DamagedCheckpoint: the asked step is damaged.
-          CheckpointMismatch, NoSoundCheckpoint: as in `restore`.
+          DamagedCheckpoint: the asked step is damaged. CheckpointMismatch, NoSoundCheckpoint: as in `restore`.
         """
         self.wait()
         steps = self.steps()
@@ -278,13 +269,11 @@ class Checkpointer(contextlib.AbstractContextManager):
             except DamagedCheckpoint as error:
                 damaged[step] = Skipped(self.directory / str(step), str(error))
                 _log.warning("skipping damaged checkpoint %s: %s", damaged[step].path, error)
-        if damaged:
-            reasons = "\n".join(f"  {item.path}: {item.reason}" for item in damaged.values())
-            raise NoSoundCheckpoint(
-                f"no checkpoint in {self.directory} is sound:\n{reasons}\nnothing was changed; repair or remove them, or "
-                "pass --overwrite to start anew"
-            )
-        return None, damaged
+        if not damaged:
+            return None, damaged
+        lines = [f"no checkpoint in {self.directory} is sound; nothing was changed:"]
+        lines += [f"  {item.path}: {item.reason}" for item in damaged.values()]
+        raise NoSoundCheckpoint("\n".join([*lines, "repair or remove them, or pass --overwrite to start anew"]))
 
     def _report_half_written(self) -> tuple[Skipped, ...]:
         """Logs, once each, the folders that orbax had not finished when their process ended."""
@@ -295,17 +284,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         return self._half_written
 
     def _move_aside(self, damaged: Mapping[int, Skipped]) -> None:
-        if not damaged:
-            return
         for step, item in damaged.items():
             self._scores.pop(step, None)
             if jax.process_index() == 0:
-                taken = {entry.name for entry in self.directory.iterdir()}
-                count = next(n for n in range(len(taken) + 1) if f"damaged-{step}-{n}" not in taken)
-                target = item.path.rename(self.directory / f"damaged-{step}-{count}")
-                _log.warning("moved the damaged checkpoint of step %d to %s; remove it when not needed", step, target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints: damaged ones moved")
+                places = (self.directory / f"damaged-{step}-{n}" for n in itertools.count())
+                place = item.path.rename(next(path for path in places if not path.exists()))
+                _log.warning("moved the damaged checkpoint of step %d to %s; remove it when not needed", step, place)
+        multihost_utils.sync_global_devices("checkpoints: damaged ones moved")
         if self._manager is not None:
             self._manager.reload()
 
@@ -316,10 +301,9 @@ class Checkpointer(contextlib.AbstractContextManager):
             restored = self._read_here(step, abstract, collection, data_iterator is not None)
         except DamagedCheckpoint as error:
             failure = error
-        if jax.process_count() > 1:
-            failed = multihost_utils.process_allgather(np.asarray(failure is not None))
-            if failure is None and np.any(failed):
-                failure = DamagedCheckpoint(f"damaged for process(es) {np.flatnonzero(failed).tolist()}")
+        failed = np.atleast_1d(multihost_utils.process_allgather(np.asarray(failure is not None)))
+        if failure is None and failed.any():
+            failure = DamagedCheckpoint(f"damaged for process(es) {np.flatnonzero(failed).tolist()}")
         if failure is not None:
             raise failure
         if data_iterator is not None:
@@ -339,35 +323,29 @@ class Checkpointer(contextlib.AbstractContextManager):
         if with_position:
             _check_position(folder, body["data"])
         leaves = _read_leaves(folder, saved, wanted)
-        state = jax.tree_util.tree_unflatten(treedef, [leaves[name] for name in wanted])
+        state = jax.tree.unflatten(treedef, [leaves[name] for name in wanted])
         return Restored(step, state, body["meta"], body["metrics"])
 
     def _read_meta(self, step: int) -> dict[str, Any]:
-        folder = self.directory / str(step)
-        try:
-            sealed = ocp.JsonCheckpointHandler().restore(folder / "meta")
+        def read() -> dict[str, Any]:
+            sealed = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "meta")
             body = {key: value for key, value in sealed.items() if key != "checksum"}
-            if _seal(body) != sealed:
-                raise ValueError("it does not agree with its checksum")
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            raise DamagedCheckpoint(f"meta cannot be read: {_brief(error)}") from error
-        if body["format"] != _FORMAT:
-            raise CheckpointMismatch(f"{folder} has format {body['format']}; this version reads {_FORMAT}")
-        if body["step"] != step:
-            raise DamagedCheckpoint(f"the folder of step {step} holds step {body['step']}")
-        return body
+            if _seal(body) != sealed or body["step"] != step:
+                raise ValueError("it does not agree with its checksum or with the folder's name")
+            return body
+
+        return _attempt(read, DamagedCheckpoint, "meta cannot be read")
 
 
 @jax.jit
 def _fingerprint(x: jax.Array) -> jax.Array:
-    """uint32 sum over all words of word * (2 * index + 1), modulo 2**32.
+    """Sum over all words of word * (2 * index + 1), modulo 2**32.
 
-    The odd factor depends on a word's place, so exchanged chunks are seen, and any single changed word changes the sum.
-    Integer addition is associative, so every sharding gives the same value.
+    The odd factor shows any single changed word, and exchanged ones; every sharding gives the same value.
     """
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag], axis=-1)
-    if x.dtype == jnp.bool_ or x.dtype.name in ("int2", "uint2", "int4", "uint4"):
+    if x.dtype.name in ("bool", "int2", "uint2", "int4", "uint4"):
         x = x.astype(jnp.int8)
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
     index, stride = jnp.zeros((), jnp.uint32), 1
@@ -385,7 +363,7 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 def _named(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by path name, in the order of the tree, and the tree's structure."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    pairs, treedef = jax.tree.flatten_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
     if len(named) != len(pairs) or "" in named:
         raise ValueError("a checkpoint needs a container of leaves with different path names (0 and '0' are the same)")
@@ -434,9 +412,8 @@ def _check_leaves(folder: epath.Path, saved: Mapping[str, Any], wanted: Mapping[
         if has.get(name) != wants.get(name)
     ]
     if bad:
-        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        listed = ", ".join(bad[:20]) + more
-        raise CheckpointMismatch(f"{folder} belongs to another model or optimiser: {listed}; {_OTHER}")
+        what = f"{folder} belongs to another model or optimiser; leaves that differ: {len(bad)}"
+        raise CheckpointMismatch(f"{what}, the first: {', '.join(bad[:20])}; {_OTHER}")
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -450,15 +427,15 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 def _read_leaves(folder: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Reads leaves into the wanted shardings and compares their bits with those saved."""
     targets = _nest({name: _target(leaf) for name, leaf in wanted.items()})
-    args = ocp.args.PyTreeRestore(
-        targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True
-    )
-    try:
+
+    def read() -> dict[str, jax.Array]:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+        args = ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=True)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arrays, _ = _named(reader.restore(folder / "state", args=args))
-        prints = fingerprints(arrays)
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise DamagedCheckpoint(f"state cannot be read: {_brief(error)}") from error
+            return _named(reader.restore(folder / "state", args=args))[0]
+
+    arrays = _attempt(read, DamagedCheckpoint, "state cannot be read", stragglers=True)
+    prints = fingerprints(arrays)
     if bad := [name for name in wanted if prints[name] != saved[name]["fingerprint"]]:
         raise DamagedCheckpoint(f"bits differ from what was saved in {len(bad)} leaves: {', '.join(bad[:5])}")
     for name, leaf in wanted.items():
@@ -472,35 +449,26 @@ def _position_checksums(data_iterator: Any) -> list[int] | None:
     if data_iterator is None:
         return None
     own = zlib.crc32(json.dumps(data_iterator.get_state(), indent=4).encode())
-    if jax.process_count() == 1:
-        return [own]
-    return [int(value) for value in multihost_utils.process_allgather(np.uint32(own))]
+    return np.atleast_1d(multihost_utils.process_allgather(np.uint32(own))).tolist()
 
 
 def _check_position(folder: epath.Path, checksums: list[int] | None) -> None:
-    """Compares the stored data position with its checksum, before anything is set."""
+    """Compares the stored data position with its checksum."""
     index, count = jax.process_index(), jax.process_count()
-    if checksums is None:
-        raise CheckpointMismatch(f"{folder} holds no data position; restore it with data_iterator=None")
-    if len(checksums) != count:
-        raise CheckpointMismatch(
-            f"{folder} holds data positions of {len(checksums)} process(es), which cannot be split; this run has {count}"
-        )
-    try:
-        text = (folder / "data" / f"process_{index}-of-{count}.json").read_bytes()
-    except OSError as error:
-        raise DamagedCheckpoint(f"data position cannot be read: {_brief(error)}") from error
+    if checksums is None or len(checksums) != count:
+        held = "no data position" if checksums is None else f"data positions of {len(checksums)} process(es)"
+        raise CheckpointMismatch(f"{folder} holds {held}; this run needs those of {count}")
+    path = folder / "data" / f"process_{index}-of-{count}.json"
+    text = _attempt(path.read_bytes, DamagedCheckpoint, "data position cannot be read")
     if zlib.crc32(text) != checksums[index]:
         raise DamagedCheckpoint("the data position does not agree with its checksum")
 
 
 def _set_position(folder: epath.Path, data_iterator: Any) -> None:
     """Sets the iterator. Its stored bytes are sound, so what fails here is another pipeline."""
-    args = grain.checkpoint.CheckpointRestore(data_iterator)
-    try:
-        grain.checkpoint.CheckpointHandler().restore(folder / "data", args=args)
-    except Exception as error:
-        raise CheckpointMismatch(f"{folder}: the data pipeline is another one ({_brief(error)}); {_OTHER}") from error
+    restore, args = grain.checkpoint.CheckpointHandler().restore, grain.checkpoint.CheckpointRestore(data_iterator)
+    what = f"{folder} belongs to another data pipeline; {_OTHER}"
+    _attempt(lambda: restore(folder / "data", args=args), CheckpointMismatch, what)
 
 
 def _seal(body: dict[str, Any]) -> dict[str, Any]:
@@ -508,7 +476,24 @@ def _seal(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"checksum": zlib.crc32(json.dumps(body, sort_keys=True).encode())}
 
 
-def _brief(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+def _attempt(read: Callable[[], Any], kind: type[Exception], what: str, stragglers: bool = False) -> Any:
+    """What `read` returns; whatever a damaged file makes it raise becomes `kind`, with `what` before it.
+
+    A failed orbax read leaves stragglers, coroutines and reads that print a traceback each when they end. They are given
+    time to end here, silently: one reason is enough. (Hence no `raise ... from`, which would keep them alive.)
+    """
+    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
+    sys.unraisablehook, level = lambda _: None, log.level
+    log.setLevel(logging.CRITICAL)
+    reason = ""
+    try:
+        return read()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0][:300]}"
+    finally:
+        if reason and stragglers:
+            time.sleep(0.1)
+            gc.collect()
+        sys.unraisablehook = hook
+        log.setLevel(level)
+    raise kind(f"{what}: {reason}")

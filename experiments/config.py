@@ -221,9 +221,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise ConfigError(f"unexpected argument {rest[1]!r}; flags are written --name=value.")
         return rest
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        reason = str(error)
     except (AttributeError, KeyError, TypeError) as error:
-        sys.exit(f"error: {_explain(argv, error)}")
+        reason = _explain(argv, error)
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _explain(argv: Sequence[str], error: Exception) -> str:

@@ -210,6 +210,11 @@ class TrainState:
     extra: Any  # what the task carries from step to step, such as a controller
     rng: jax.Array  # uint32 [2]: constant
 
+    @property
+    def average(self) -> Any:
+        """The parameters to evaluate: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
 
 def make_train_step(
     task: Any,

@@ -38,6 +38,7 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,8 +60,8 @@ from experiments.rundir import RunDir, WorkdirMismatch, plain
 class TrainResult:
     """A completed run.
 
-    `metrics` holds the last step's "train/..." and the last evaluation's "eval/..." values and, of this start,
-    "seconds", "step_seconds", "examples_per_second", "tokens_per_second" and others; see `Progress.summary`.
+    `metrics` holds the last step's "train/..." and the last evaluation's "eval/..." values, "seconds" over all starts
+    and, of this start alone, "step_seconds", "examples_per_second" and others; see `Progress.summary`.
     """
 
     state: TrainState
@@ -217,28 +218,25 @@ def train(
     """
     # ---- Build and trace: what is wrong with the input is found here, before the workdir is touched.
     config_lib.validate(config)
-    task = _task(config) if task is None else task
-    dataset, eval_dataset = _datasets(config, dataset, eval_dataset)
+    task, dataset, eval_dataset = _inputs(config, task, dataset, eval_dataset)
     program = build_program(config, task, dataset.spec)
     lowered = program.lower()
-    _trace_evaluation(config, program, eval_dataset)
+    _check(config, program, eval_dataset, params)
 
     with contextlib.ExitStack() as stack:
         # ---- Run directory, and the state: from the newest sound checkpoint, or new.
         run = RunDir.open(workdir, config, overwrite=overwrite)
         stop = stack.enter_context(_StopSignal())
         iterator = dataset.train_iterator()
-        checkpointer = _checkpointer(config, run)
-        stack.callback(checkpointer.close)
+        checkpointer = stack.enter_context(_checkpointer(config, run))  # waits for the last save when it is left
         restored = checkpointer.restore(program.state, iterator)
         state = program.create(params) if restored is None else restored.state
-        start, meta_data = (0, {}) if restored is None else (restored.step, dict(restored.meta))
+        start, about = (0, {"seconds": 0.0}) if restored is None else (restored.step, dict(restored.meta))
+        seconds = about["seconds"]
 
         # ---- Writers and progress; the first process alone writes.
-        writer = _writers(run, start)
-        stack.callback(writer.close)
-        meter = stack.enter_context(_progress(config, task, dataset, start, progress))
-        seconds_before = meta_data.get("seconds", 0.0)
+        writer = stack.enter_context(contextlib.closing(_writers(run, start)))
+        meter = stack.enter_context(_progress(config, task, start, progress))
 
         # ---- Steps.
         train_step = lowered.compile() if start < config.steps else None
@@ -249,17 +247,15 @@ def train(
             batch = next(iterator)
             state, healthy, outputs = train_step(state, parallel.shard_batch(program.mesh, batch), healthy)
             records.append(_Record(step, batch, position, healthy, outputs))
-
-            last = step == config.steps
-            eval_due = bool(config.eval.every) and (last or step % config.eval.every == 0)
-            stopping = stop.requested(step)
+            last, stopping = step == config.steps, stop.requested(step)
+            eval_due = config.eval.every and (last or step % config.eval.every == 0)
             save_due = last or stopping or step % config.checkpoint.every == 0 or (eval_due and config.checkpoint.best)
 
             # The host looks one step late, while the next step runs; before it saves or evaluates it catches up.
             while len(records) > (0 if eval_due or save_due else 1):
                 record = records.popleft()
                 if not record.healthy:
-                    raise _stop_at_non_finite(record, state, iterator, checkpointer, meta_data, run)
+                    raise _stop_at_non_finite(record, state, iterator, checkpointer, about, run)
                 meter.update(record.step, {"loss": record.outputs["loss"]})
                 if record.step % config.log_every == 0 or record.step == config.steps:
                     writer.write(record.step, _scalars(record) | _rates(meter), prefix="train")
@@ -268,24 +264,19 @@ def train(
             if eval_due:
                 with meter.pause():
                     batches = eval_dataset.eval_batches(config.eval.batches or None)
-                    average = state.params if state.ema is None else state.ema
-                    meta_data["eval"] = evaluate(program, average, state.extra, batches)
-                    writer.write(step, meta_data["eval"], prefix="eval")
+                    about["eval"] = evaluate(program, state.average, state.extra, batches)
+                    writer.write(step, about["eval"], prefix="eval")
 
             # ---- Checkpoint.
             if save_due:
                 with meter.pause():
-                    meta_data["train"] = _scalars(record)
-                    meta_data["seconds"] = seconds_before + meter.summary()["seconds"]
-                    best = meta_data["eval"] if eval_due else None
-                    checkpointer.maybe_save(step, state, iterator, plain(meta_data), metrics=best, force=True)
-            if stopping and not last:
-                checkpointer.wait()
+                    about |= {"train": _scalars(record), "seconds": seconds + meter.summary()["seconds"]}
+                    best = about["eval"] if eval_due else None
+                    checkpointer.maybe_save(step, state, iterator, plain(about), metrics=best, force=True)
+            if stopping:
                 raise Interrupted(stop.signum, _how_to_resume(stop.signum, step, config.steps))
 
-        # ---- Done.
-        checkpointer.wait()
-        return TrainResult(state, _summary(meta_data, meter), max(start, config.steps), run.path)
+        return TrainResult(state, _summary(about, meter), config.steps, run.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,40 +290,31 @@ class _Record:
     outputs: dict[str, Any]
 
 
-def _task(config: ConfigDict) -> Any:
-    """The task that the config names."""
+def _inputs(config: ConfigDict, task: Any, dataset: Any, eval_dataset: Any) -> tuple[Any, Any, Any]:
+    """Builds what the caller did not give; a data set given alone serves for evaluation as well."""
+    shared = {"batch_size": config.batch_size, "seed": config.seed}
+    shared |= {"process_index": jax.process_index(), "process_count": jax.process_count()}
     try:
-        return tasks.build(config)
-    except ValueError as error:
-        raise config_lib.ConfigError(str(error)) from error
-
-
-def _datasets(config: ConfigDict, dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
-    """The training and the evaluation data; a data set given alone serves for both."""
-    if dataset is not None:
-        return dataset, dataset if eval_dataset is None else eval_dataset
-    processes = jax.process_count()
-    if config.batch_size % processes:
-        raise config_lib.ConfigError(
-            f"config.batch_size is {config.batch_size}; it must divide by {processes} processes."
-        )
-    shared = {"batch_size": config.batch_size // processes, "seed": config.seed}
-    shared |= {"process_index": jax.process_index(), "process_count": processes}
-    try:
-        dataset = data.build(config.data, split="train", **shared)
-        if config.eval.every and eval_dataset is None:
+        task = tasks.build(config) if task is None else task
+        if eval_dataset is None and dataset is not None:
+            eval_dataset = dataset
+        elif eval_dataset is None and config.eval.every:
             eval_dataset = data.build(config.data, split=config.eval.split, **shared)
-    except ValueError as error:
-        raise config_lib.ConfigError(str(error)) from error
-    return dataset, eval_dataset
+        dataset = data.build(config.data, split="train", **shared) if dataset is None else dataset
+    except (ValueError, KeyError) as error:
+        raise config_lib.ConfigError(error.args[0]) from error
+    return task, dataset, eval_dataset
 
 
-def _trace_evaluation(config: ConfigDict, program: Program, eval_dataset: Any) -> None:
+def _check(config: ConfigDict, program: Program, eval_dataset: Any, params: Any) -> None:
     """Traces the evaluation of one real batch, so that its mistakes appear now and not after the first thousand steps.
 
     Raises:
       ValueError: the evaluation split is empty, or `checkpoint.best` is not one of its metrics.
+      AssertionError: `params` do not fit the model.
     """
+    if params is not None:
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, program.state.params)
     if not config.eval.every:
         return
     batch = next(iter(eval_dataset.eval_batches(1)), None)
@@ -370,7 +352,7 @@ def _writers(run: RunDir, step: int) -> metrics.MultiWriter:
     )
 
 
-def _progress(config: ConfigDict, task: Any, dataset: Any, start: int, enabled: bool) -> Progress:
+def _progress(config: ConfigDict, task: Any, start: int, enabled: bool) -> Progress:
     """The progress of the whole run, over all processes."""
     return Progress(
         config.steps,
@@ -394,11 +376,11 @@ def _rates(meter: Progress) -> dict[str, float]:
     return {} if not seconds else {"step_seconds": seconds, "examples_per_second": meter.examples_per_step / seconds}
 
 
-def _summary(meta_data: dict[str, Any], meter: Progress) -> dict[str, Any]:
-    """The metrics of a completed run."""
+def _summary(about: dict[str, Any], meter: Progress) -> dict[str, Any]:
+    """The metrics of a completed run; `about` is what its last checkpoint says about it."""
     # float(), since `plain` writes a metric that nothing was measured for as "nan".
-    values = {f"{part}/{name}": float(v) for part in ("train", "eval") for name, v in meta_data.get(part, {}).items()}
-    return values | meter.summary() | {"seconds": meta_data.get("seconds", 0.0)}
+    values = {f"{part}/{name}": float(v) for part in ("train", "eval") for name, v in about.get(part, {}).items()}
+    return values | meter.summary() | {"seconds": about["seconds"]}
 
 
 # ---- Stopping --------------------------------------------------------------------------------------------------------
@@ -421,9 +403,11 @@ class _StopSignal:
             self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, *error: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        if kind is None and self.signum is not None:  # it came after the last step: the caller has to stop all the same
+            raise Interrupted(self.signum, f"{signal.Signals(self.signum).name} came after the last step; all is saved.")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step."""
@@ -448,7 +432,7 @@ def _how_to_resume(signum: int, step: int, steps: int) -> str:
 
 
 def _stop_at_non_finite(
-    record: _Record, state: TrainState, iterator: Any, checkpointer: Checkpointer, meta_data: dict, run: RunDir
+    record: _Record, state: TrainState, iterator: Any, checkpointer: Checkpointer, about: dict, run: RunDir
 ) -> NonFiniteError:
     """Saves the batch of the failed step and the state before it; returns the error to raise.
 
@@ -456,15 +440,14 @@ def _stop_at_non_finite(
     """
     process = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""
     path = run.path / f"nonfinite_step{record.step}{process}.npz"
-    arrays = {jax.tree_util.keystr(k, simple=True, separator="/"): v for k, v in _leaves(record.batch)}
+    leaves = jax.tree_util.tree_flatten_with_path(record.batch)[0]
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **{jax.tree_util.keystr(name, simple=True, separator="/"): leaf for name, leaf in leaves})
     path.write_bytes(buffer.getvalue())
 
     good = record.step - 1
     iterator.set_state(record.position)
-    checkpointer.maybe_save(good, state, iterator, plain(meta_data), force=True)
-    checkpointer.wait()
+    checkpointer.maybe_save(good, state, iterator, plain(about), force=True)
     values = _scalars(record)
     bad = ", ".join(f"{name}={value}" for name, value in values.items() if not np.isfinite(value))
     return NonFiniteError(
@@ -472,11 +455,6 @@ def _stop_at_non_finite(
         f"last good state, and the batch is in {path}. Lower optimizer.peak, raise optimizer.warmup, lower "
         "optimizer.clip, or look at the batch."
     )
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    """Paths and leaves."""
-    return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class Attention(nn.Module):
         Raises:
           ValueError: an unknown signal, a class row under a causal mask, or shapes that do not fit.
         """
+        _check_signals(signals, causal)
         source = x if context is None else context
         query = self._project("query", x, self.heads, self.query_init)
         key = self._project("key", source, self.kv_heads or self.heads)
@@ -98,7 +99,6 @@ class Attention(nn.Module):
             kernel_init=self.out_init or self.kernel_init,
             name="out",
         )(out)
-        _check_signals(signals, causal)
         handed = {
             name: jnp.mean(values, axis=2)
             for name, values in (("keys", key), ("queries", query), ("values", value))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +14,14 @@ from jaxtyping import Array, Float
 
 from layers.linear import Initializer, Linear
 
+
+def _gelu(x: Array) -> Array:
+    # jax.nn.gelu goes through erfc, which costs a CPU twice the time of erf.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": _gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,

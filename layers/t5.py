@@ -382,7 +382,7 @@ class T5(nn.Module):
             return state.replace(tokens=state.tokens.replace(features=features))
         bias = self._encoder_bias(state)
         for index, layer in enumerate(layers, start=first):
-            hooks = [hook for hook in self.hooks if hook.acts_at(index, state.tokens.features.shape[1])]
+            hooks = [hook for hook in self.hooks if hook.acts(index, state.tokens.features.shape[1])]
             asked = tuple(sorted({name for hook in hooks for name in hook.signals} - {"rng"}))
             features, signals = layer(state.tokens.features, bias, state.key_bias, asked, deterministic)
             state = state.replace(tokens=state.tokens.replace(features=features))

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from adaptive import flops
 from adaptive.tokens import DenseReduction, Reduction, Signals, TokenSet
 from layers.attention import SIGNALS, Attention
 from layers.embed import LearnedPositions, PatchEmbed, grid_coords, sincos_2d
@@ -173,6 +174,19 @@ class ViT(nn.Module):
     def num_tokens(self) -> int:
         """N before the first layer, the class token included."""
         return self.grid[1] * self.grid[2] + self.has_class_token
+
+    def spec(self) -> flops.ViTSpec:
+        """Sizes for `adaptive.flops.count`."""
+        return flops.ViTSpec(
+            patch_size=self.patch_size,
+            width=self.width,
+            depth=self.depth,
+            mlp_dim=self.mlp_dim,
+            num_classes=self.num_classes,
+            image_size=self.image_size,
+            channels=self.channels,
+            cls_token=self.has_class_token,
+        )
 
     @nn.compact
     def __call__(

@@ -7,6 +7,7 @@ resize to one side length, flip, normalise. Augmentation is random per example f
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 
@@ -118,17 +119,19 @@ def prepare(pixels: np.ndarray, options: ImageOptions, rng: np.random.Generator 
     return pixels
 
 
-class _ImageSource:
+class _ImageSource(abc.ABC):
     """Examples `{"image" [H, W, C] float32, "label" int32}` from `_read(index) -> (pixels uint8, label)`."""
 
     def __init__(self, options: ImageOptions | None) -> None:
         self.options = options or ImageOptions()
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Number of examples."""
 
+    @abc.abstractmethod
     def _read(self, indices: Sequence[int]) -> list[tuple[np.ndarray, int]]:
-        raise NotImplementedError
+        """Returns (pixels `[h, w, C']` uint8, label) of some examples."""
 
     def batch(self, indices: np.ndarray, entropy: np.ndarray, *, augment: bool) -> dict[str, np.ndarray]:
         """Returns examples `indices [B]`; with `augment` each row's crop and flip come from `entropy [B, E]`."""

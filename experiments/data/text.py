@@ -48,16 +48,17 @@ def concatenate(documents: Iterable[bytes], *, what: str) -> np.ndarray:
 
 
 def _capped(documents: Iterable[bytes], max_bytes: int, what: str) -> Iterator[bytes]:
-    """Passes documents on until `max_bytes` have gone by, cuts the last one, and reports that it did."""
+    """Passes on as many documents as make `max_bytes` with what joins them, cuts the last, and reports that it did."""
     if max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes} must be positive, or 0 for no limit")
     left = max_bytes
     for document in documents:
         if max_bytes and len(document) > left:
             logging.getLogger(__name__).info("%s: kept the first %d bytes (max_bytes)", what, max_bytes)
-            yield document[:left]
+            if left > 0:
+                yield document[:left]
             return
-        left -= len(document)
+        left -= len(document) + len(_SEPARATOR)
         yield document
 
 

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Biased attention in plain JAX, laid out for the compiler.
 
-Shapes: B batch, Q queries, K keys, G key heads, R query heads that share one key head (H = G R), d head width.
+Everything runs as one batched matrix product for each row of the batch and key head: heads are moved before tokens by hand
+(left to itself the CPU compiler picks layouts three times slower), and the query heads that share a key head are stacked.
+
+Shapes: B batch, Q queries, K keys, H heads, G key heads, R query heads that share one (H = G R), S = R Q stacked queries,
+d head width.
 """
 
 from __future__ import annotations
@@ -10,30 +14,30 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Rows of the map that exist at a time in `attention_column_stats`: B H 128 K floats, a few MB at common sizes.
+# Queries whose rows of the map exist at a time in `attention_column_stats`: B H 128 K floats, a few MB at common sizes.
 _QUERY_BLOCK = 128
 
 
 def biased_attention(
     query: Float[Array, "B Q H d"],
     key: Float[Array, "B K G d"],
-    value: Float[Array, "B K G d"],
+    value: Float[Array, "B K G e"],
     *,
     key_bias: Float[Array, "B K"] | None,
     bias: Float[Array, "b H Q K"] | None,
     causal: bool,
     softmax: str,
     scale: float,
-) -> Float[Array, "B Q H d"]:
+) -> Float[Array, "B Q H e"]:
     """Softmax in float32; products in the input dtype with float32 accumulation."""
-    offset = key.shape[1] - query.shape[1]
-    weights, total = _exponentials(
-        _group(query * scale, key), key, key_bias, _group_bias(bias, key), softmax, causal, offset
-    )
-    # Dividing after the product touches [Q, d] numbers in place of [Q, K].
-    out = jnp.einsum("bgrqk,bkgd->bgrqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    out = (out / total[..., None]).astype(query.dtype)
-    return jnp.moveaxis(out, 3, 1).reshape(*query.shape[:3], value.shape[-1])
+    batch, length, heads, _ = query.shape
+    stacked, keys, bias = _stack(query * scale, key), _heads_first(key), _stack_bias(bias, key)
+    rows = jnp.arange(length) + key.shape[1] - length if causal else None
+    weights, total = _exponentials(stacked, keys, key_bias, bias, softmax, rows)
+    # Dividing after the product touches [S, d] numbers in place of [S, K].
+    out = jnp.matmul(weights.astype(value.dtype), _heads_first(value), preferred_element_type=jnp.float32)
+    out = (out / total).astype(query.dtype)
+    return _heads_first(out.reshape(batch, heads, length, value.shape[-1]))
 
 
 def attention_column_stats(
@@ -47,77 +51,86 @@ def attention_column_stats(
     scale: float,
     query_weight: Float[Array, "B Q"] | None,
 ) -> Float[Array, "B H K"]:
-    """Weighted column sums, `_QUERY_BLOCK` rows of the map at a time."""
+    """Weighted column sums, `_QUERY_BLOCK` queries of the map at a time."""
     batch, length, heads, _ = query.shape
+    groups, columns = key.shape[2], key.shape[1]
     weight = jnp.ones((batch, length), jnp.float32) if query_weight is None else query_weight.astype(jnp.float32)
+    keys = _heads_first(key)
     block = min(length, _QUERY_BLOCK)
-    blocks = -(-length // block)
-    padding = blocks * block - length
-
-    def split(values: Array, axis: int) -> Array:
-        widths = [(0, padding if i == axis else 0) for i in range(values.ndim)]
-        values = jnp.pad(values, widths)
-        values = values.reshape(*values.shape[:axis], blocks, block, *values.shape[axis + 1 :])
-        return jnp.moveaxis(values, axis, 0)
-
-    rows = {
-        "query": split(_group(query * scale, key), 1),
-        "weight": split(weight, 1),
-        "start": jnp.arange(blocks) * block,
-    }
+    # Queries that fill up the last block have weight 0.
+    pieces = {"query": _blocks(query * scale, 1, block), "weight": _blocks(weight, 1, block)}
+    pieces["place"] = _blocks(jnp.arange(length) + columns - length, 0, block)
     if bias is not None:
-        rows["bias"] = split(_group_bias(bias, key), 3)
+        pieces["bias"] = _blocks(bias, 2, block)
 
-    # Rows are recomputed in the backward pass; otherwise the loop would keep the whole map.
+    # Rows are computed again in the backward pass; otherwise the loop would keep the whole map.
     @jax.checkpoint
-    def add(sums: Array, row: dict[str, Array]) -> tuple[Array, None]:
-        offset = row["start"] + key.shape[1] - length
-        weights, total = _exponentials(row["query"], key, key_bias, row.get("bias"), softmax, causal, offset)
-        share = row["weight"][:, None, None, :] / total
+    def add(sums: Array, piece: dict[str, Array]) -> tuple[Array, None]:
+        stacked, own_bias = _stack(piece["query"], key), _stack_bias(piece.get("bias"), key)
+        rows = piece["place"] if causal else None
+        weights, total = _exponentials(stacked, keys, key_bias, own_bias, softmax, rows)
+        share = piece["weight"][:, None, None, :] / total.reshape(batch, groups, -1, block)
+        weights = weights.reshape(*share.shape, columns)
         return sums + jnp.einsum("bgrqk,bgrq->bgrk", weights, share, precision=jax.lax.Precision.HIGHEST), None
 
-    sums = jnp.zeros((batch, key.shape[2], heads // key.shape[2], key.shape[1]), jnp.float32)
-    if blocks == 1:
-        sums, _ = add(sums, jax.tree.map(lambda leaf: leaf[0], rows))
+    sums = jnp.zeros((batch, groups, heads // groups, columns), jnp.float32)
+    if length <= block:
+        sums, _ = add(sums, jax.tree.map(lambda leaf: leaf[0], pieces))
     else:
-        sums, _ = jax.lax.scan(add, sums, rows)
-    return sums.reshape(batch, heads, -1)
+        sums, _ = jax.lax.scan(add, sums, pieces)
+    return sums.reshape(batch, heads, columns)
 
 
 def _exponentials(
-    query: Float[Array, "B Q G R d"],
-    key: Float[Array, "B K G d"],
+    query: Float[Array, "B G S d"],
+    key: Float[Array, "B G K d"],
     key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b G R Q K"] | None,
+    bias: Float[Array, "b G S K"] | None,
     softmax: str,
-    causal: bool,
-    offset: int | Array,
-) -> tuple[Float[Array, "B G R Q K"], Float[Array, "B G R Q"]]:
-    """Attention before normalisation, and what to divide by (never 0)."""
-    logits = jnp.einsum("bqgrd,bkgd->bgrqk", query, key, preferred_element_type=jnp.float32)
+    rows: Array | None,
+) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S 1"]]:
+    """Attention before normalisation, and what to divide by (never 0).
+
+    `rows [Q]` is the last key that each query sees; None for all.
+    """
+    logits = jnp.matmul(query, jnp.swapaxes(key, -1, -2), preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias.astype(jnp.float32)
     if key_bias is not None:
-        logits += key_bias.astype(jnp.float32)[:, None, None, None, :]
-    if causal:
-        row = jnp.arange(logits.shape[-2])[:, None] + offset
-        logits = jnp.where(jnp.arange(logits.shape[-1]) <= row, logits, -jnp.inf)
-    # The result does not depend on the peak, so no gradient flows through it.
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        logits += key_bias.astype(jnp.float32)[:, None, None, :]
+    if rows is not None:
+        rows = jnp.tile(rows, logits.shape[-2] // rows.shape[0])
+        logits = jnp.where(jnp.arange(logits.shape[-1]) <= rows[:, None], logits, -jnp.inf)
+    # The result does not depend on the peak, so no gradient flows through it. All is written with max alone, since a select
+    # would break the one fusion that the CPU compiler makes of the products and the softmax.
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     if softmax == "off_by_one":
         peak = jnp.maximum(peak, 0.0)
-        weights = jnp.exp(logits - peak[..., None])
-        return weights, jnp.sum(weights, axis=-1) + jnp.exp(-peak)
-    # -inf - -inf would be nan in a row without keys; with 0 its weights are exp(-inf) = 0.
-    weights = jnp.exp(logits - jnp.where(peak == -jnp.inf, 0.0, peak)[..., None])
-    total = jnp.sum(weights, axis=-1)
-    return weights, jnp.where(total > 0, total, 1.0)
+        weights = jnp.exp(logits - peak)
+        return weights, jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(-peak)
+    # A row without keys has the peak -inf, and -inf - -inf would be nan. Its weights sum to 0; any other row has the peak
+    # itself with weight 1, so that a floor under 1 touches no other row.
+    weights = jnp.exp(logits - jnp.maximum(peak, jnp.finfo(jnp.float32).min))
+    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 0.5)
 
 
-def _group(query: Float[Array, "B Q H d"], key: Float[Array, "B K G d"]) -> Float[Array, "B Q G R d"]:
-    batch, length, heads, width = query.shape
-    return query.reshape(batch, length, key.shape[2], heads // key.shape[2], width)
+def _heads_first(x: Array) -> Array:
+    """`[B, N, H, d]` to `[B, H, N, d]`, and back."""
+    return jnp.swapaxes(x, 1, 2)
 
 
-def _group_bias(bias: Array | None, key: Float[Array, "B K G d"]) -> Float[Array, "b G R Q K"] | None:
-    return None if bias is None else bias.reshape(bias.shape[0], key.shape[2], -1, *bias.shape[2:])
+def _stack(query: Float[Array, "B Q H d"], key: Float[Array, "B K G d"]) -> Float[Array, "B G S d"]:
+    batch, _, _, width = query.shape
+    return _heads_first(query).reshape(batch, key.shape[2], -1, width)
+
+
+def _stack_bias(bias: Float[Array, "b H Q K"] | None, key: Float[Array, "B K G d"]) -> Float[Array, "b G S K"] | None:
+    return None if bias is None else bias.reshape(bias.shape[0], key.shape[2], -1, bias.shape[-1])
+
+
+def _blocks(values: Array, axis: int, block: int) -> Array:
+    """`axis` cut into pieces of length `block`, the last one padded with zeros; pieces lead."""
+    pieces = -(-values.shape[axis] // block)
+    widths = [(0, pieces * block - size if i == axis else 0) for i, size in enumerate(values.shape)]
+    values = jnp.pad(values, widths).reshape(*values.shape[:axis], pieces, block, *values.shape[axis + 1 :])
+    return jnp.moveaxis(values, axis, 0)

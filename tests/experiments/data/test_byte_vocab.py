@@ -3,12 +3,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.data import byte_vocab
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_survive(raw):
     ids = byte_vocab.encode(raw)
@@ -18,6 +19,7 @@ def test_any_bytes_survive(raw):
     byte_vocab.decode_text(ids)  # never an error, valid UTF-8 or not
 
 
+@settings(deadline=None)
 @given(st.text(max_size=50))
 def test_text_survives_with_eos(text):
     text = text.encode("utf-8", "ignore").decode()

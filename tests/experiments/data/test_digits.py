@@ -150,9 +150,9 @@ def test_other_bad_input_is_refused():
 
 
 def test_an_example_takes_less_than_a_millisecond():
-    source = Digits("train", 300)
-    best = min(_timed(source, range(start, start + 100)) for start in (0, 100, 200))
-    assert best / 100 < 1e-3
+    source = Digits("train", 250)  # the default canvas, 64 x 64; the best of several, for the machine may be busy
+    best = min(_timed(source, range(start, start + 50)) for start in range(0, 250, 50))
+    assert best / 50 < 1e-3
 
 
 def _timed(source, indices):

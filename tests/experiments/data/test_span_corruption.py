@@ -23,7 +23,7 @@ def _loop_corrupt(ids, gaps, spans):
     """A plain restatement: walk through gaps and spans, copying bytes to one side or the other."""
     inputs, targets, place = [], [], 0
     for k, (gap, span) in enumerate(zip(gaps, spans, strict=True)):
-        inputs += list(ids[place : place + gap]) + [258 - k]
+        inputs += [*ids[place : place + gap], 258 - k]
         targets += [258 - k, *ids[place + gap : place + gap + span]]
         place += gap + span
     return [*inputs, 1], [*targets, 1]
@@ -116,7 +116,7 @@ def test_impossible_compositions_are_refused(parts):
         ({"mean_span": 0.5}, "mean_span"),
         ({"inputs_length": 2}, "inputs_length"),
         ({"noise_density": 0.8, "mean_span": 1.0, "inputs_length": 100}, "gaps"),
-        ({"inputs_length": 20000}, "sentinels"),
+        ({"inputs_length": 40000}, "sentinels"),
     ],
 )
 def test_bad_settings_are_refused_at_construction(kwargs, message):

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks: `python -m experiments.bench NAME`. A benchmark is a function of flags that yields rows.
+
+A row is a flat dict with at least `name`, `shape`, `device`, `dtype`, and where they apply `implied` (speedup that the
+FLOPs imply), `realised` (measured speedup) and `overhead` (the method's own time as a share of one dense block's).
+"""
+
+from __future__ import annotations
+
+from experiments.bench import mrt5, tome
+
+BENCHES = {"tome": tome, "mrt5": mrt5}
+
+__all__ = ["BENCHES"]

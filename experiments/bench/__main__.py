@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a benchmark and prints one JSON object a line.
+
+    python -m experiments.bench --list
+    python -m experiments.bench tome
+    python -m experiments.bench tome --variant=S/16 --batch=1,8 --r=8,13,16
+    python -m experiments.bench mrt5 --batch=1 --length=512 --out=results/bench/mrt5.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from etils import epath
+
+from experiments.bench import BENCHES
+from experiments.rundir import git_revision, versions
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads the arguments, runs one benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--list", action="store_true", help="list the benchmarks and what each one measures")
+    commands = parser.add_subparsers(dest="name", metavar="NAME")
+    for name, bench in BENCHES.items():
+        head = bench.__doc__.strip().splitlines()[0]
+        command = commands.add_parser(name, help=head, description=bench.__doc__)
+        command.add_argument("--out", default="", help="also append the rows to this JSON lines file")
+        bench.add_arguments(command)
+    options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(f"{name:10} {bench.__doc__.strip().splitlines()[0]}" for name, bench in BENCHES.items()))
+        return 0
+    if not options.name:
+        parser.error(f"name a benchmark: {', '.join(BENCHES)}; or --list")
+    facts = {"versions": {k: v for k, v in versions().items() if k in ("python", "jax", "jaxlib")}}
+    facts["revision"] = git_revision()
+    for row in BENCHES[options.name].rows(options):
+        line = json.dumps({"name": options.name, **row, **facts})
+        print(line, flush=True)
+        if options.out:
+            path = epath.Path(options.out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wall-clock time of compiled functions, as ratios that hold on a noisy machine.
+
+Functions that are compared run in turn (A B A B ...) in one process after a warm-up; medians are reported with their
+spread. Every call is waited for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: `median`, `low` and `high` (quartiles), over `repeats` calls."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
+) -> dict[str, Timing]:
+    """Times each function, in turn.
+
+    Args:
+      functions: name to a function without arguments that returns arrays.
+      repeats: timed calls of each; warmup: untimed calls of each before, at least one (it compiles).
+
+    Raises:
+      ValueError: fewer than one repeat or warm-up call.
+    """
+    if repeats < 1 or warmup < 1:
+        raise ValueError(f"repeats and warmup must be at least 1; got {repeats} and {warmup}")
+    for function in functions.values():
+        for _ in range(warmup):
+            jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: _timing(values) for name, values in seconds.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return Timing(statistics.median(values), low, high, len(values))
+
+
+def random_like(abstract: Any, key: Any, deviation: float = 0.02) -> Any:
+    """Arrays of the shapes and dtypes of a tree of `ShapeDtypeStruct`, drawn from Normal(0, deviation): no init is compiled."""
+    leaves, tree = jax.tree.flatten(abstract)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        (deviation * jax.random.normal(k, leaf.shape, jnp.float32)).astype(leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def device_name() -> str:
+    """Kind of the device that runs the measurement, such as "cpu" or "NVIDIA H200"."""
+    return jax.devices()[0].device_kind

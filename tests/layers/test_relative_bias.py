@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T5's relative buckets and the bias from arbitrary positions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layers.relative_bias import RelativeBias, relative_buckets
+
+
+def _logarithmic(relative, bidirectional, num_buckets, max_distance):
+    """The bucket of one relative position as the T5 paper's code computes it."""
+    bucket = 0
+    if bidirectional:
+        num_buckets //= 2
+        bucket, relative = (num_buckets if relative > 0 else 0), abs(relative)
+    else:
+        relative = max(-relative, 0)
+    exact = num_buckets // 2
+    if relative < exact:
+        return bucket + relative
+    # The small term undoes the rounding of logarithms whose quotient is a whole number.
+    steps = np.log(relative / exact) / np.log(max_distance / exact) * (num_buckets - exact)
+    return bucket + min(exact + int(steps + 1e-9), num_buckets - 1)
+
+
+def test_check_values():
+    encoder = relative_buckets(
+        np.asarray([-200, -128, -64, -20, -8, -7, -1, 0, 1, 7, 8, 20, 64, 128]), bidirectional=True
+    )
+    assert encoder.tolist() == [15, 15, 14, 10, 8, 7, 1, 0, 17, 23, 24, 26, 30, 31]
+    decoder = relative_buckets(np.asarray([1, 0, -1, -15, -16, -50, -127]), bidirectional=False)
+    assert decoder.tolist() == [0, 0, 1, 15, 16, 24, 31]
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (64, 1000)])
+def test_buckets_equal_the_logarithmic_formula(bidirectional, num_buckets, max_distance):
+    relative = np.arange(-1100, 1101)
+    ours = relative_buckets(
+        relative, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
+    )
+    expected = [_logarithmic(int(r), bidirectional, num_buckets, max_distance) for r in relative]
+    np.testing.assert_array_equal(ours, expected)
+    assert ours.min() == 0 and ours.max() == num_buckets - 1
+
+
+def test_buckets_that_leave_no_logarithmic_range_are_refused():
+    with pytest.raises(ValueError, match="max_distance=8"):
+        relative_buckets(np.zeros(1, int), bidirectional=True, max_distance=8)
+    with pytest.raises(ValueError, match="num_buckets=2"):
+        relative_buckets(np.zeros(1, int), bidirectional=True, num_buckets=2)
+
+
+@pytest.fixture(scope="module")
+def bias():
+    module = RelativeBias(3)
+    places = np.arange(5)[None]
+    variables = nn.unbox(module.init(jax.random.key(0), places, places))
+    # One compilation for all examples of one shape.
+    return jax.jit(lambda queries, keys: module.apply(variables, queries, keys)), variables["params"]["embedding"]
+
+
+def test_each_entry_is_the_table_at_its_bucket(bias):
+    run, table = bias
+    queries, keys = np.asarray([[3, 50]]), np.asarray([[0, 3, 4, 300], [7, 1, 2, 60]])
+    out = run(queries, keys)
+    assert out.shape == (2, 3, 2, 4)
+    for b, q, k in np.ndindex(2, 2, 4):
+        bucket = _logarithmic(int(keys[b, k] - queries[0, q]), True, 32, 128)
+        np.testing.assert_array_equal(out[b, :, q, k], table[bucket])
+
+
+@settings(max_examples=20, deadline=None)
+@given(kept=st.sets(st.integers(0, 199), min_size=6, max_size=6), offset=st.integers(-5, 500))
+def test_survivors_keep_their_bias(bias, kept, offset):
+    run, _ = bias
+    full = run(np.arange(200)[None], np.arange(200)[None])
+    kept = np.sort(list(kept))
+    short = run(kept[None] + offset, kept[None] + offset)
+    np.testing.assert_array_equal(short, full[:, :, kept][:, :, :, kept])
+
+
+def test_float_positions_are_rounded(bias):
+    run, _ = bias
+    exact, rough = np.asarray([[0, 4, 9]]), np.asarray([[0.3, 3.6, 9.1]], np.float32)
+    np.testing.assert_array_equal(run(rough, rough), run(exact, exact))
+
+
+def test_the_gradient_of_the_table_counts_the_pairs_of_each_bucket():
+    module, places = RelativeBias(2, bidirectional=False, num_buckets=8, max_distance=20), np.arange(12)[None]
+    variables = nn.unbox(module.init(jax.random.key(0), places, places))
+    grads = jax.grad(lambda v: jnp.sum(module.apply(v, places, places)))(variables)["params"]["embedding"]
+    pairs = [_logarithmic(int(k - q), False, 8, 20) for q in range(12) for k in range(12)]
+    np.testing.assert_allclose(grads, np.bincount(pairs, minlength=8)[:, None].repeat(2, 1))
+
+
+def test_the_table_has_logical_axes_and_float32_under_bfloat16():
+    places = np.arange(5)[None]
+    module = RelativeBias(3, dtype=jnp.bfloat16)
+    boxed = module.init(jax.random.key(0), places, places)["params"]["embedding"]
+    assert boxed.names == ("buckets", "heads") and boxed.value.dtype == jnp.float32
+    assert module.apply({"params": {"embedding": boxed.value}}, places, places).dtype == jnp.bfloat16

@@ -192,19 +192,22 @@ def ragged_prefix(
       unit: works on each row by itself: `[T, D] -> [T, E]`.
       params: pytree of float arrays.
       rows: `[R, D]`, sorted so that those with work come first.
-      count: scalar in 0..R, may be traced.
+      count: scalar in 0..R, may be traced (a traced count cannot be checked).
       tile: rows a step.
 
     Raises:
-      ValueError: the tile is not positive or rows is not a matrix.
+      ValueError: the tile is not positive, rows is not a matrix, or a Python count lies outside 0..R.
     """
     if tile < 1:
         raise ValueError(f"the tile must hold at least one row; got {tile}")
     if rows.ndim != 2:
         raise ValueError(f"rows must be [R, D]; got shape {rows.shape}")
     length = rows.shape[0]
-    tile = min(tile, length)
-    padded = jnp.pad(rows, ((0, -length % tile), (0, 0)))
+    if isinstance(count, int) and not 0 <= count <= length:
+        raise ValueError(f"count must lie in 0..{length} (the rows there are); got {count}")
+    tile = max(min(tile, length), 1)
+    # Whole tiles, and one even without rows: a slice cannot be longer than what it is cut from.
+    padded = jnp.pad(rows, ((0, max(-length % tile, tile - length)), (0, 0)))
     return _ragged_prefix(unit, tile, params, padded, jnp.asarray(count, jnp.int32))[:length]
 
 

@@ -94,7 +94,7 @@ def soft_top_k(
     `hard_top_k`.
 
     Args:
-      scores: `[..., N]`.
+      scores: `[..., N]`; -inf is never included, and more than `k` scores of each row must be finite unless all are.
       k: how many to keep; 0 and N give exactly 0 and 1 everywhere.
       temperature: the smaller, the closer to the hard choice.
       hard: straight-through.
@@ -118,7 +118,9 @@ def _sigmoid_top_k(scores: Array, k: int) -> Array:
     # for certain: at t = max + c every term is at most sigmoid(-c), and N sigmoid(-c) < k for c = log N + 1.
     length = scores.shape[-1]
     margin = jnp.log(jnp.float32(length)) + 1.0
-    low = jnp.min(scores, axis=-1, keepdims=True) - margin
+    # A score of -inf has weight 0 wherever t is, and would hide the range of the others.
+    finite = jnp.where(scores == -jnp.inf, jnp.inf, scores)
+    low = jnp.min(finite, axis=-1, keepdims=True) - margin
     high = jnp.max(scores, axis=-1, keepdims=True) + margin
 
     def halve(_, bounds):

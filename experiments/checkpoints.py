@@ -32,7 +32,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-_TMP_MARK = ".orbax-checkpoint-tmp"
 _OTHER = "use the config it was written with, or choose another --workdir"
 _log = logging.getLogger(__name__)
 
@@ -117,9 +116,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Steps of the checkpoints, oldest first; one that is being written counts, damaged ones too."""
         if self._manager is not None:
             return sorted(self._manager.all_steps())
-        if not self.directory.exists():
-            return []
-        return sorted(int(entry.name) for entry in self.directory.iterdir() if entry.name.isdecimal())
+        entries = self.directory.iterdir() if self.directory.exists() else ()
+        return sorted(int(entry.name) for entry in entries if entry.name.isdecimal())
 
     @property
     def latest_step(self) -> int | None:
@@ -277,7 +275,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _report_half_written(self) -> tuple[Skipped, ...]:
         """Logs, once each, the folders that orbax had not finished when their process ended."""
-        paths = self.directory.glob(f"*{_TMP_MARK}*") if self._manager is None else ()
+        paths = self.directory.glob("*.orbax-checkpoint-tmp*") if self._manager is None else ()
         for path in sorted(set(paths) - {item.path for item in self._half_written}):
             self._half_written += (Skipped(path, "half-written: its process ended before it was complete"),)
             _log.warning("skipping half-written checkpoint %s; the next save removes it", path)
@@ -296,41 +294,45 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def _read(self, step: int, abstract: Any, collection: str, data_iterator: Any) -> Restored:
         """Reads and checks one checkpoint; all processes agree on whether it is damaged."""
-        failure, restored = None, None
-        try:
-            restored = self._read_here(step, abstract, collection, data_iterator is not None)
+        folder, head = self.directory / str(step), f"{collection}/" if collection else ""
+        named, treedef = _named(abstract)
+        wanted = {head + name: leaf for name, leaf in named.items()}
+        failure, found = None, None
+        try:  # without collectives, which would hang when one process fails
+            found = self._read_here(step, wanted, head, data_iterator is not None)
         except DamagedCheckpoint as error:
             failure = error
         failed = np.atleast_1d(multihost_utils.process_allgather(np.asarray(failure is not None)))
-        if failure is None and failed.any():
-            failure = DamagedCheckpoint(f"damaged for process(es) {np.flatnonzero(failed).tolist()}")
-        if failure is not None:
-            raise failure
+        if failed.any():
+            raise failure or DamagedCheckpoint(f"damaged for process(es) {np.flatnonzero(failed).tolist()}")
+        body, arrays = found
+        prints = fingerprints(arrays)
+        if bad := [name for name in wanted if prints[name] != body["leaves"][name]["fingerprint"]]:
+            raise DamagedCheckpoint(f"bits differ from what was saved in {len(bad)} leaves: {', '.join(bad[:5])}")
         if data_iterator is not None:
-            _set_position(self.directory / str(step), data_iterator)
-        return restored
+            _set_position(folder, data_iterator)
+        for name in filter(lambda name: _is_key(wanted[name]), wanted):
+            arrays[name] = jax.random.wrap_key_data(arrays[name], impl=body["leaves"][name]["key_impl"])
+        state = jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
+        return Restored(step, state, body["meta"], body["metrics"])
 
-    def _read_here(self, step: int, abstract: Any, collection: str, with_position: bool) -> Restored:
-        folder = self.directory / str(step)
-        body = self._read_meta(step)
+    def _read_here(
+        self, step: int, wanted: Mapping[str, Any], head: str, with_position: bool
+    ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """Meta and arrays of one checkpoint, as far as this process can check them."""
+        folder, body = self.directory / str(step), self._read_meta(step)
         if None not in (body["config_hash"], self.config_hash) and body["config_hash"] != self.config_hash:
             raise CheckpointMismatch(f"{folder}: config {body['config_hash']}, here {self.config_hash}; {_OTHER}")
-        named, treedef = _named(abstract)
-        head = f"{collection}/" if collection else ""
-        wanted = {head + name: leaf for name, leaf in named.items()}
-        saved = {name: leaf for name, leaf in body["leaves"].items() if name.startswith(head)}
-        _check_leaves(folder, saved, wanted)
+        _check_leaves(folder, {name: leaf for name, leaf in body["leaves"].items() if name.startswith(head)}, wanted)
         if with_position:
             _check_position(folder, body["data"])
-        leaves = _read_leaves(folder, saved, wanted)
-        state = jax.tree.unflatten(treedef, [leaves[name] for name in wanted])
-        return Restored(step, state, body["meta"], body["metrics"])
+        return body, _read_leaves(folder, wanted)
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         def read() -> dict[str, Any]:
             sealed = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "meta")
             body = {key: value for key, value in sealed.items() if key != "checksum"}
-            if _seal(body) != sealed or body["step"] != step:
+            if _seal(body)["checksum"] != sealed["checksum"] or body["step"] != step:
                 raise ValueError("it does not agree with its checksum or with the folder's name")
             return body
 
@@ -357,8 +359,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     """Fingerprint of each array's bits, computed where the array lies; one small transfer to the host."""
-    values = jax.device_get({name: _fingerprint(array) for name, array in arrays.items()})
-    return {name: int(value) for name, value in values.items()}
+    return {name: int(x) for name, x in jax.device_get({n: _fingerprint(x) for n, x in arrays.items()}).items()}
 
 
 def _named(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -424,24 +425,17 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
 
 
-def _read_leaves(folder: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Reads leaves into the wanted shardings and compares their bits with those saved."""
+def _read_leaves(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Reads leaves into the wanted shardings, PRNG keys as their data."""
     targets = _nest({name: _target(leaf) for name, leaf in wanted.items()})
 
     def read() -> dict[str, jax.Array]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return _named(reader.restore(folder / "state", args=args))[0]
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            return _named(handler.restore(folder / "state", args=args))[0]
 
-    arrays = _attempt(read, DamagedCheckpoint, "state cannot be read", stragglers=True)
-    prints = fingerprints(arrays)
-    if bad := [name for name in wanted if prints[name] != saved[name]["fingerprint"]]:
-        raise DamagedCheckpoint(f"bits differ from what was saved in {len(bad)} leaves: {', '.join(bad[:5])}")
-    for name, leaf in wanted.items():
-        if _is_key(leaf):
-            arrays[name] = jax.random.wrap_key_data(arrays[name], impl=saved[name]["key_impl"])
-    return arrays
+    return _attempt(read, DamagedCheckpoint, "state cannot be read", stragglers=True)
 
 
 def _position_checksums(data_iterator: Any) -> list[int] | None:
@@ -476,6 +470,13 @@ def _seal(body: dict[str, Any]) -> dict[str, Any]:
     return body | {"checksum": zlib.crc32(json.dumps(body, sort_keys=True).encode())}
 
 
+def _reason(error: BaseException) -> str:
+    """The kind and the first line of the error that began it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0][:300]}"
+
+
 def _attempt(read: Callable[[], Any], kind: type[Exception], what: str, stragglers: bool = False) -> Any:
     """What `read` returns; whatever a damaged file makes it raise becomes `kind`, with `what` before it.
 
@@ -489,7 +490,7 @@ def _attempt(read: Callable[[], Any], kind: type[Exception], what: str, straggle
     try:
         return read()
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0][:300]}"
+        reason = _reason(error)
     finally:
         if reason and stragglers:
             time.sleep(0.1)

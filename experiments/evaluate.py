@@ -56,7 +56,7 @@ def assess(
     result |= {"gmacs": macs / 1e9, "implied": dense_macs / macs}
     if not speed:
         return result
-    with jax.set_mesh(program.mesh):
+    with parallel.on_mesh(program.mesh):
         batch = parallel.shard_batch(program.mesh, next(iter(dataset.eval_batches(1))))
         dense_step = jax.jit(lambda p, b: dense.eval_step(p, b, extra=extra))
         functions = {

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -78,11 +79,12 @@ def _number(name: str, value: Any) -> int | float | bool:
     if isinstance(value, bool | int | float):
         return value
     array = np.asarray(value)
-    if array.size != 1 or array.dtype.kind not in "biuf" and array.dtype.name not in ("bfloat16", "float8_e4m3fn"):
-        raise TypeError(f"{name!r} must be one number; got shape {array.shape}, dtype {array.dtype}")
-    if array.dtype.kind in "biu":
-        return array.reshape(()).item()
-    return float(array.reshape(()))
+    number = (
+        array.dtype == bool or jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    )
+    if array.size != 1 or not number:
+        raise TypeError(f"{name!r} must be one real number; got shape {array.shape}, dtype {array.dtype}")
+    return float(array.item()) if array.dtype.kind not in "biu" else array.item()
 
 
 def encode_row(step: int, scalars: Mapping[str, int | float | bool]) -> str:
@@ -187,7 +189,7 @@ class JsonlWriter:
         if (new := "".join(kept)) != text:
             scratch = self.path.with_name(self.path.name + ".tmp")
             scratch.write_text(new)
-            os.replace(scratch, self.path)
+            scratch.replace(self.path)
 
 
 class TensorBoardWriter:

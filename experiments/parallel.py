@@ -13,11 +13,14 @@ Presets:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta
@@ -71,6 +74,24 @@ def make_mesh(preset: str = "dp", devices: Sequence[jax.Device] | None = None) -
         devices = devices[:1]
     shape = (1, len(devices)) if preset == "fsdp" else (len(devices), 1)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[None]:
+    """Traces and runs on `mesh`, with every activation of `layers/` split along the batch."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", AXES),)):
+        yield
+
+
+def each_device_alone(function: Any) -> Any:
+    """`function` without constraints on activations, for the body of a `shard_map`, where each device sees its own rows."""
+
+    @functools.wraps(function)
+    def alone(*arguments: Any) -> Any:
+        with nn.logical_axis_rules(()):
+            return function(*arguments)
+
+    return alone
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

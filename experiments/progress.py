@@ -96,6 +96,7 @@ class Progress:
         """
         if step < self.step:
             raise ValueError(f"progress went backwards: step {step} after step {self.step}")
+        crossed = step // self.log_every > self.step // self.log_every
         self.step = step
         self._scalars = scalars or self._scalars
         self._ended = self._clock()
@@ -104,7 +105,7 @@ class Progress:
             self._first = point
         self._window.append(point)
         if self._enabled and not self._closed:
-            self._draw()
+            self._draw(crossed)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -146,6 +147,7 @@ class Progress:
         if self._closed:
             return
         self._closed = True
+        self._ended = self._clock()
         if self._live is not None:
             self._live.update(self._bar(), refresh=True)
             self._live.stop()
@@ -157,14 +159,14 @@ class Progress:
         running = self._clock() - self._pause_began if self._pause_depth else 0.0
         return self._ended - self._began - self._paused - running
 
-    def _draw(self) -> None:
+    def _draw(self, crossed: bool) -> None:
+        """Draws when it is time; `crossed`: a multiple of `log_every` was reached."""
         now = self._ended
         if self._live is not None:
             if now - self._drawn_at >= _LIVE_SECONDS or self.step >= self.total_steps:
                 self._drawn_at, self._drawn_step = now, self.step
                 self._live.update(self._bar(), refresh=True)
             return
-        crossed = self.step // self.log_every > self._drawn_step // self.log_every
         due = crossed and now - self._drawn_at >= self.min_seconds
         if due or self.step >= self.total_steps or len(self._window) == 1:
             self._print()
@@ -201,6 +203,8 @@ class Progress:
 
 def _slope(points: Any) -> float | None:
     """Seconds a step between the first and the last point; None without two different steps."""
+    if not points:
+        return None
     (step0, time0), (step1, time1) = points[0], points[-1]
     return (time1 - time0) / (step1 - step0) if step1 > step0 else None
 

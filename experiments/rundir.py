@@ -57,6 +57,7 @@ PACKAGES = (
 _OWN_FILES = ("config.json", "run.json", "metrics.jsonl")
 _OWN_FOLDERS = ("checkpoints", "tb")
 _ABSENT = "<absent>"
+_CHOICE = "pass --overwrite to start anew, or choose another --workdir"
 _log = logging.getLogger(__name__)
 
 
@@ -67,7 +68,7 @@ class WorkdirMismatch(ValueError):
 class ConfigKeyError(KeyError):
     """A config key that does not exist."""
 
-    def __str__(self) -> str:  # KeyError prints the repr of its argument, which hides line breaks
+    def __str__(self) -> str:  # KeyError would print the repr of its message
         return str(self.args[0])
 
 
@@ -127,19 +128,19 @@ def config_hash(config: Any) -> str:
 def apply_overrides(config: ml_collections.ConfigDict, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """Sets dotted keys in place and returns the config; all are checked before the first one is set.
 
-    An int is taken where a float stands; a field that holds None or a placeholder takes what its type allows.
+    An int is taken where a float stands, a list where a tuple stands (and the other way round), None everywhere; a field
+    that holds None takes anything, a placeholder what its type allows.
 
     Raises:
       ConfigKeyError: a key does not exist; the message names the nearest ones.
       TypeError: a value has another type than the field.
     """
-    for key, value in overrides.items():
-        _check_override(config, key, value)
-    for key, value in overrides.items():
+    converted = {key: _converted(config, key, value) for key, value in overrides.items()}
+    for key, value in converted.items():
         section, _, last = key.rpartition(".")
         target = _section(config, section)
         with target.ignore_type():  # checked above, with a message that names the whole key
-            target[last] = float(value) if isinstance(target[last], float) and value is not None else value
+            target[last] = value
     return config
 
 
@@ -152,29 +153,32 @@ def _section(config: ml_collections.ConfigDict, dotted: str) -> Any:
 def _dotted_keys(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     keys = []
     for key in config:
-        value = config[key]
         keys.append(prefix + key)
-        if isinstance(value, ml_collections.ConfigDict):
-            keys += _dotted_keys(value, f"{prefix}{key}.")
+        if isinstance(config[key], ml_collections.ConfigDict):
+            keys += _dotted_keys(config[key], f"{prefix}{key}.")
     return keys
 
 
-def _check_override(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+def _converted(config: ml_collections.ConfigDict, key: str, value: Any) -> Any:
+    """The value as the type of the field `key`."""
     known = _dotted_keys(config)
     if key not in known:
         last = key.rpartition(".")[2]
         same_end = [name for name in known if name.rpartition(".")[2] == last]
-        near = list(dict.fromkeys(difflib.get_close_matches(key, known, n=3, cutoff=0.6) + same_end))[:3]
+        near = list(dict.fromkeys(same_end + difflib.get_close_matches(key, known, n=3, cutoff=0.6)))[:3]
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known keys: {', '.join(known)}"
         raise ConfigKeyError(f"config has no key {key!r}; {hint}")
     section, _, last = key.rpartition(".")
     kind = _section(config, section).get_type(last)
-    if value is None or kind is type(None) or (kind is float and type(value) is int):
-        return
-    if kind in (tuple, list) and isinstance(value, tuple | list):
-        return
+    if value is None or kind is type(None):
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    if (kind is float and type(value) is int) or (kind in (tuple, list) and isinstance(value, tuple | list)):
+        return kind(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"config.{key} is a {kind.__name__}; {value!r} is a {type(value).__name__}")
+        raise TypeError(f"config.{key} is of type {kind.__name__}; {value!r} is of type {type(value).__name__}")
+    return value
 
 
 def git_revision(directory: epath.PathLike | None = None) -> str | None:
@@ -293,11 +297,10 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise WorkdirMismatch(
-            f"{path} cannot be read ({error}), so it is unknown which experiment this is; restore the file, pass "
-            "--overwrite to start anew, or choose another --workdir"
+            f"{path} cannot be read ({error}), so it is unknown which experiment this is; restore the file, {_CHOICE}"
         ) from error
     if not isinstance(config, dict):
-        raise WorkdirMismatch(f"{path} is not a config; pass --overwrite to start anew, or choose another --workdir")
+        raise WorkdirMismatch(f"{path} is not a config; {_CHOICE}")
     return config
 
 
@@ -315,18 +318,14 @@ def _check_same(path: epath.Path, old: dict[str, Any], new: dict[str, Any]) -> N
         return
     shown = [f"  {key}: {a!r} there, {b!r} now" for key, (a, b) in list(different.items())[:20]]
     more = [f"  and {len(different) - 20} more"] if len(different) > 20 else []
-    raise WorkdirMismatch(
-        "\n".join(
-            [f"{path} holds another experiment; these keys differ:", *shown, *more]
-            + ["pass --overwrite to start anew, or choose another --workdir"]
-        )
-    )
+    head = f"{path} holds another experiment; these keys differ:"
+    raise WorkdirMismatch("\n".join([head, *shown, *more, _CHOICE]))
 
 
 def _run_record(path: epath.Path, old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """The contents of run.json: the first start at the top, every start in `starts`."""
     start = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "git_revision": git_revision(),
         "versions": versions(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop of all studies, and the command that starts it.
+r"""The training loop of all studies, and the command that starts it.
 
     python -m experiments.train --config=configs/PAPER/NAME.py --workdir=runs/NAME
     python -m experiments.train --config=configs/PAPER/NAME.py:runlocal --workdir=/tmp/try --overwrite
@@ -42,7 +42,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from flax.core import meta
 from jax.experimental import multihost_utils
@@ -77,8 +77,11 @@ class NonFiniteError(FloatingPointError):
 class Interrupted(Exception):
     """Training was stopped by a signal after it had saved; the same command resumes it."""
 
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
+    def __init__(self, signum: int, when: str):
+        super().__init__(
+            f"Stopped by {signal.Signals(signum).name} {when}; all is saved. "
+            f"To resume, start the same command again: {shlex.join(sys.orig_argv)}"
+        )
         # Whoever sends SIGTERM asked for exactly this; after Ctrl-C a shell script should not go on.
         self.exit_code = 0 if signum == signal.SIGTERM else 130
 
@@ -106,7 +109,7 @@ class Program:
 
     def lower(self) -> jax.stages.Lowered:
         """The train step, traced: wrong shapes, budgets and names surface here."""
-        with jax.set_mesh(self.mesh):
+        with parallel.on_mesh(self.mesh):
             return self.train_step.lower(self.state, self.batch, self.healthy)
 
 
@@ -175,7 +178,7 @@ def evaluate(program: Program, params: Any, extra: Any, batches: Iterable[Any]) 
     """
     total: dict[str, Any] = {}
     waiting: Any = {}
-    with jax.set_mesh(program.mesh):
+    with parallel.on_mesh(program.mesh):
         for batch in batches:
             # The result of a batch is fetched while the next one runs: the device never waits, the queue never grows.
             running = program.eval_step(params, parallel.shard_batch(program.mesh, batch), extra)
@@ -274,7 +277,7 @@ def train(
                     best = about["eval"] if eval_due else None
                     checkpointer.maybe_save(step, state, iterator, plain(about), metrics=best, force=True)
             if stopping:
-                raise Interrupted(stop.signum, _how_to_resume(stop.signum, step, config.steps))
+                raise Interrupted(stop.signum, f"after step {step} of {config.steps}")
 
         return TrainResult(state, _summary(about, meter), config.steps, run.path)
 
@@ -320,7 +323,7 @@ def _check(config: ConfigDict, program: Program, eval_dataset: Any, params: Any)
     batch = next(iter(eval_dataset.eval_batches(1)), None)
     if batch is None:
         raise ValueError(f"the evaluation split {config.eval.split!r} has no batch.")
-    with jax.set_mesh(program.mesh):
+    with parallel.on_mesh(program.mesh):
         batch = parallel.shard_batch(program.mesh, batch)
         result = program.eval_step.eval_shape(program.state.params, batch, program.state.extra)
     best = config.checkpoint.best
@@ -406,8 +409,8 @@ class _StopSignal:
     def __exit__(self, kind: type | None, *error: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
-        if kind is None and self.signum is not None:  # it came after the last step: the caller has to stop all the same
-            raise Interrupted(self.signum, f"{signal.Signals(self.signum).name} came after the last step; all is saved.")
+        if kind is None and self.signum is not None:  # it came after the last step; the caller has to stop all the same
+            raise Interrupted(self.signum, "after the last step")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step."""
@@ -421,14 +424,6 @@ class _StopSignal:
         self.signum = signum
         # Not print: a handler may run in the middle of a print.
         os.write(2, f"\n{signal.Signals(signum).name}: finishing this step, then saving\n".encode())
-
-
-def _how_to_resume(signum: int, step: int, steps: int) -> str:
-    """What a user reads after a signal."""
-    return (
-        f"Stopped by {signal.Signals(signum).name} after step {step} of {steps}; all is saved. "
-        f"To resume, start the same command again: {shlex.join(sys.orig_argv)}"
-    )
 
 
 def _stop_at_non_finite(
@@ -489,6 +484,8 @@ def _main(argv: list[str]) -> None:
     missing = [name for name in ("config", "workdir") if getattr(values, name) is None]
     if missing:
         raise app.UsageError(f"--{' and --'.join(missing)} must be given; see the examples above.", exitcode=2)
+    if not values["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells the story of each save at INFO
     if values.distributed:
         jax.distributed.initialize()
     sys.exit(run(values.config, values.workdir, overwrite=values.overwrite))

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from layers.sharding import along_batch
+
 Initializer = Callable[..., Any]
 
 
@@ -49,6 +51,6 @@ class Linear(nn.Module):
         )
         y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=contracted)
         if not self.use_bias:
-            return y
+            return along_batch(y)
         bias_init = nn.with_logical_partitioning(self.bias_init, self.axes[contracted:])
-        return y + self.param("bias", bias_init, self.features, self.param_dtype).astype(self.dtype)
+        return along_batch(y + self.param("bias", bias_init, self.features, self.param_dtype).astype(self.dtype))

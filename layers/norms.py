@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.sharding import along_batch
+
 
 class LayerNorm(nn.Module):
     """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis; the result in `dtype`."""
@@ -30,7 +32,7 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         x -= jnp.mean(x, axis=-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale + bias).astype(self.dtype)
+        return along_batch((x * scale + bias).astype(self.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -53,4 +55,4 @@ class RMSNorm(nn.Module):
         )
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale).astype(self.dtype)
+        return along_batch((x * scale).astype(self.dtype))

@@ -18,9 +18,11 @@ from adaptive.deletion import gate as deletion_gate
 from adaptive.tokens import Reduction, Signals, TokenSet
 from layers.attention import Attention
 from layers.delete_gate import DeleteGate
+from layers.hooks import follow
 from layers.mlp import GatedMlp
 from layers.norms import RMSNorm
 from layers.relative_bias import RelativeBias
+from layers.sharding import along_batch
 
 DELETIONS = (None, "soft", "hard")
 
@@ -326,19 +328,17 @@ class T5(nn.Module):
         """
         self._check_call(decoder_input_ids, deletion)
         mask = input_ids != 0 if attention_mask is None else attention_mask.astype(bool)
-        state = _State(TokenSet.create(self.embedding(input_ids), mask=mask))
+        state = _State(TokenSet.create(along_batch(self.embedding(input_ids)), mask=mask))
         counts: list[Array] = []
         state = self._encode(self.lower, 0, state, counts, deterministic)
         aux: dict[str, Any] = {"losses": {}, "delete_gate": None, "kept": None, "gate_tokens": None}
         # Gate parameters are created even when the first call does not delete.
         if self.gate and (deletion or self.is_initializing()):
-            gate = self._gate_values(state, input_ids)
-            aux |= {"delete_gate": gate, "gate_tokens": state.tokens}
-            aux["kept"] = deletion_gate.kept(gate, state.tokens, scale=self._scale)
+            gate = self._gate_values(state, input_ids, deterministic)
+            aux |= {"delete_gate": gate, "gate_tokens": state.tokens, "kept": self._survivors(gate, state.tokens)}
             # Parameters must exist before the branches of a ladder share them: never initialise inside one.
             if deletion == "hard" and not self.is_initializing():
-                output = self._finish_hard(state, gate, aux["kept"], decoder_input_ids, deterministic)
-                left = [jnp.sum(aux["kept"], axis=-1, dtype=jnp.int32)] * (self.encoder_layers - len(counts) + 1)
+                output, left = self._finish_hard(state, aux["kept"], decoder_input_ids, deterministic)
                 counts = [*counts[:-1], *left]
                 return output, aux | {"tokens": jnp.stack(counts), "token_set": None, "reduction": state.reduction}
             state = state.replace(gate=gate)
@@ -358,10 +358,19 @@ class T5(nn.Module):
     def _scale(self) -> float:
         return dict(self.gate_hyper).get("scale", deletion_gate.SCALE)
 
-    def _gate_values(self, state: _State, input_ids: Int[Array, "B N"]) -> Float[Array, "B N"]:
-        """Gate values `[B, N]` of the registered deletion method."""
+    def _survivors(self, gate: Float[Array, "B N"], tokens: TokenSet) -> Bool[Array, "B N"]:
+        """What hard deletion keeps; under a capacity the highest gate values of rows that would keep more."""
+        keep = deletion_gate.kept(gate, tokens, scale=self._scale)
+        if self.capacity is None:
+            return keep
+        return ragged.compact(keep, min(self.capacity, keep.shape[1]), overflow="best", scores=gate).assign >= 0
+
+    def _gate_values(self, state: _State, input_ids: Int[Array, "B N"], deterministic: bool) -> Float[Array, "B N"]:
+        """Gate values `[B, N]` of the registered deletion method; Gumbel noise is for training only."""
         needs = registry.describe(self.gate).signals
         hyper = dict(self.gate_hyper)
+        if deterministic:
+            hyper.pop("gumbel", None)
         signals = Signals(
             gate_logits=self.delete_gate(state.tokens.features) if "gate_logits" in needs else None,
             token_ids=input_ids if state.reduction is None else state.reduction.reduce(input_ids),
@@ -387,8 +396,11 @@ class T5(nn.Module):
             features, signals = layer(state.tokens.features, bias, state.key_bias, asked, deterministic)
             state = state.replace(tokens=state.tokens.replace(features=features))
             for hook in hooks:
+                if not hook.acts(index, state.tokens.features.shape[1]):
+                    continue
                 rng = self.make_rng("reduction") if "rng" in hook.signals else None
-                state = state.reduce(hook(state.tokens, signals.replace(layer=index, rng=rng)))
+                reduction = hook(state.tokens, signals.replace(layer=index, rng=rng))
+                state, signals = state.reduce(reduction), follow(signals, reduction)
                 bias = self._encoder_bias(state)
             counts.append(state.tokens.count)
         return state
@@ -406,7 +418,7 @@ class T5(nn.Module):
             return encoded
         positions = jnp.arange(decoder_input_ids.shape[1], dtype=jnp.float32)[None]
         bias = self.decoder_bias(positions, positions)
-        x = self.embedding(decoder_input_ids)
+        x = along_batch(self.embedding(decoder_input_ids))
         if self.scan_layers:
             x, _ = self.decoder(x, encoded, bias, state.key_bias, deterministic)
         else:
@@ -419,30 +431,31 @@ class T5(nn.Module):
     def _finish_hard(
         self,
         state: _State,
-        gate: Float[Array, "B N"],
         keep: Bool[Array, "B N"],
         decoder_input_ids: Array | None,
         deterministic: bool,
-    ) -> Array:
-        """What `_encode` and `_decode` give with the deleted tokens gone."""
+    ) -> tuple[Array, Array]:
+        """What `_encode` and `_decode` give with the deleted tokens gone, and the real tokens left at each layer."""
         length = keep.shape[1]
 
-        def work(reduction: Reduction, module: T5, state: _State, decoder_input_ids: Array | None) -> Array:
-            state = module._encode(module.upper, module.gate_layer, state.reduce(reduction), [], deterministic)
+        def work(
+            reduction: Reduction, module: T5, state: _State, decoder_input_ids: Array | None
+        ) -> tuple[Array, Array]:
+            state = state.reduce(reduction)
+            counts = [state.tokens.count]
+            state = module._encode(module.upper, module.gate_layer, state, counts, deterministic)
             output = module._decode(state, decoder_input_ids, deterministic)
-            if decoder_input_ids is not None:
-                return output
-            # Every rung must return the same shape: survivors first, zeros behind them.
-            output = jnp.where(state.tokens.valid[..., None], output, 0)
-            return jnp.pad(output, ((0, 0), (0, length - output.shape[1]), (0, 0)))
+            if decoder_input_ids is None:
+                # Every rung must return the same shape: survivors first, zeros behind them.
+                output = jnp.where(state.tokens.valid[..., None], output, 0)
+                output = jnp.pad(output, ((0, 0), (0, length - output.shape[1]), (0, 0)))
+            return output, jnp.stack(counts)
 
         if self.rungs is not None:
             return ragged.on_ladder(work, keep, self.rungs, self, state, decoder_input_ids, switch=_lifted_switch)
-        if self.capacity is None:
-            reduction = ragged.compact(keep, length, overflow="forbid")
-        else:
-            reduction = ragged.compact(keep, min(self.capacity, length), overflow="best", scores=gate)
-        return work(reduction, self, state, decoder_input_ids)
+        slots = length if self.capacity is None else min(self.capacity, length)
+        # At most `capacity` tokens of a row are kept, see `_survivors`.
+        return work(ragged.compact(keep, slots, overflow="checked"), self, state, decoder_input_ids)
 
     def spec(self) -> flops.T5Spec:
         """Sizes for `adaptive.flops.count`."""

@@ -20,6 +20,7 @@ from layers.hooks import PLACES, Hook, Reduce, follow
 from layers.linear import Linear
 from layers.mlp import Mlp
 from layers.norms import LayerNorm
+from layers.sharding import along_batch
 
 # Width, depth, heads, MLP width. Source: Dosovitskiy et al. 2021, table 1; Touvron et al. 2021 (DeiT), table 1, for Ti and S.
 SHAPES = {
@@ -244,6 +245,10 @@ class ViT(nn.Module):
                 raise ValueError(
                     f"the schedule of {hook.method!r} has {len(hook.counts)} counts for {self.depth} layers: {hook.counts}"
                 )
+            if "cls_attention" in hook.signals and not self.has_class_token:
+                raise ValueError(
+                    f"{hook} reads 'cls_attention', but the model has no class token; set class_token=True"
+                )
             if hook.place not in PLACES:
                 raise ValueError(f"{type(hook).__name__}.place={hook.place!r} is not one of {PLACES}")
 
@@ -265,7 +270,7 @@ class ViT(nn.Module):
         if self.positions == "learned":
             x = LearnedPositions(name="positions", **common)(x)
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        return TokenSet.create(x, mask=token_mask, coords=jnp.broadcast_to(coords, (batch, *coords.shape)))
+        return TokenSet.create(along_batch(x), mask=token_mask, coords=jnp.broadcast_to(coords, (batch, *coords.shape)))
 
     def _block(self, **attributes: Any) -> Block:
         block = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block

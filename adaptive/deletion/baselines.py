@@ -85,9 +85,9 @@ def fixed_deletion(
     starts = jnp.pad(ends[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     last = jax.lax.cummin(jnp.where(ends, index, length - 1), axis=1, reverse=True)
-    # Without the small number, (1 - 0.7) * 10 in float32 would round up to 4.
-    stay = jnp.ceil((1.0 - rate) * (last - first + 1) - 1e-4)
-    return _gate(tokens.valid & (index - first < jnp.maximum(stay, 1)), scale)
+    # A table in double precision, less a small number: (1 - 0.7) * 10 in float32 would round up to 4.
+    stay = np.maximum(np.ceil((1.0 - rate) * np.arange(length + 1) - 1e-6), 1).astype(np.int32)
+    return _gate(tokens.valid & (index - first < jnp.asarray(stay)[last - first + 1]), scale)
 
 
 def _gate(keep: Bool[Array, "B N"], scale: float) -> Float[Array, "B N"]:

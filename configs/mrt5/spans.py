@@ -17,6 +17,20 @@ from ml_collections import ConfigDict
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
 
+# What the full suite of the study changes: the paper's lengths and vocabulary, a model of about 60 M parameters.
+FULL = {
+    "model.width": 768,
+    "model.mlp_dim": 2_048,
+    "model.heads": 12,
+    "model.head_dim": 64,
+    "model.encoder_layers": 9,
+    "model.decoder_layers": 3,
+    "model.gate_layer": 3,
+    "model.rungs": (128, 256, 384, 512, 640, 768, 896, 1_024),
+    "data.inputs_length": 1_024,
+    "batch_size": 128,
+}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""

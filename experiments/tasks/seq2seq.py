@@ -159,13 +159,16 @@ class Seq2Seq:
         """Cross-entropy, bits per byte and the share of bytes left; each device picks its own rung of the ladder."""
         del extra
         mesh = jax.sharding.get_abstract_mesh()
-        draws = self.model.gate is not None and "rng" in registry.describe(self.model.gate).signals
-        # Drawn gates stay under automatic sharding, where the draw does not depend on the number of devices.
-        if self.model.rungs is None or mesh.empty or draws:
+        if self.model.rungs is None or mesh.empty or mesh.size == 1:
             return self._evaluate(params, batch)
+        if self.model.gate is not None and "rng" in registry.describe(self.model.gate).signals:
+            # A draw must not depend on the number of devices, so it stays under automatic sharding; there the ladder, whose
+            # results are the same with or without it, would wait for the slowest row of all devices.
+            return dataclasses.replace(self, model=self.model.clone(rungs=None))._evaluate(params, batch)
         split = jax.sharding.PartitionSpec(parallel.AXES)
         whole = jax.sharding.PartitionSpec()
 
+        @parallel.each_device_alone
         def local(params: Any, batch: Any) -> Any:
             return jax.lax.psum(self._evaluate(params, batch), parallel.AXES)
 

@@ -72,7 +72,9 @@ def test_token_counts_of_the_paper():
 
 
 def test_asking_for_more_than_can_go_is_an_error_that_names_the_layer():
-    with pytest.raises(ValueError, match=r"layer 11 is to remove 16 of 21 tokens, but at most 10 can go \(1 protected\)"):
+    with pytest.raises(
+        ValueError, match=r"layer 11 is to remove 16 of 21 tokens, but at most 10 can go \(1 protected\)"
+    ):
         budgets.token_counts((16,) * 12, 197, protected=1)
 
 

@@ -64,7 +64,10 @@ def test_a_name_is_taken_once():
     [
         ({"kind": "deduction"}, r"unknown kind 'deduction' for 'new'; one of \['deletion', 'reduction'.*\]"),
         ({"kind": "reduction", "trained": "maybe"}, "trained='maybe' for 'new'; one of 'no', 'optional', 'yes'"),
-        ({"kind": "reduction", "signals": ("keys", "key")}, r"'new' asks for unknown signals \['key'\]; Signals has .*keys"),
+        (
+            {"kind": "reduction", "signals": ("keys", "key")},
+            r"'new' asks for unknown signals \['key'\]; Signals has .*keys",
+        ),
     ],
 )
 def test_an_entry_that_makes_no_sense_is_refused(arguments, message):
@@ -75,7 +78,9 @@ def test_an_entry_that_makes_no_sense_is_refused(arguments, message):
 
 def test_an_unknown_name_gets_the_nearest_ones():
     for ask in (registry.get, registry.describe):
-        with pytest.raises(KeyError, match=r"no method is registered as 'tomee'; did you mean 'tome'.*\? Registered: .*evit"):
+        with pytest.raises(
+            KeyError, match=r"no method is registered as 'tomee'; did you mean 'tome'.*\? Registered: .*evit"
+        ):
             ask("tomee")
 
 
@@ -97,7 +102,12 @@ def test_names_are_sorted_and_divided_by_kind():
 
 def test_records_say_what_the_papers_say():
     record = registry.describe("tome")
-    assert (record.kind, record.signals, record.trained, record.removes_half) == ("reduction", ("keys",), "optional", True)
+    assert (record.kind, record.signals, record.trained, record.removes_half) == (
+        "reduction",
+        ("keys",),
+        "optional",
+        True,
+    )
     assert "2210.09461" in record.citation and "Your ViT But Faster" in record.paper
     gate = registry.describe("mrt5")
     assert (gate.kind, gate.signals, gate.trained) == ("deletion", ("gate_logits",), "yes")

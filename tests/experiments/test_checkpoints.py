@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -146,16 +149,17 @@ def assert_is_step(restored: Any, step: int) -> None:
 
 def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path: Path) -> None:
     state = make_state(5, ema=True)
+    meta = {"config": [1, {"a": "b"}], "sizes": (2, 3), "worst": math.inf, "text": "\u00b5 \u2028"}
     with Checkpointer(tmp_path, every=5) as checkpointer:
         assert checkpointer.restore(abstract(state)) is None
         assert not checkpointer.maybe_save(4, state, None, {})
-        assert checkpointer.maybe_save(5, state, None, {"config": [1, {"a": "b"}]}, {"loss": jnp.float32(2.5)})
+        assert checkpointer.maybe_save(5, state, None, meta, {"loss": jnp.float32(2.5)})
         assert not checkpointer.maybe_save(5, state, None, {}, force=True)
         assert checkpointer.latest_step == 5
         restored = checkpointer.restore(abstract(state))
     assert bits(restored.state) == bits(state)
     assert jax.tree.structure(restored.state) == jax.tree.structure(state)
-    assert restored.meta == {"config": [1, {"a": "b"}]}
+    assert restored.meta == {"config": [1, {"a": "b"}], "sizes": [2, 3], "worst": math.inf, "text": "\u00b5 \u2028"}
     assert restored.metrics == {"loss": 2.5}
     assert restored.skipped == ()
 
@@ -224,21 +228,27 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def rewrite(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+# What is done to the folder of a checkpoint, and what the report of it says.
 DAMAGE = {
-    "bytes flipped in the biggest file": lambda d: flip(biggest(d / "state"), biggest(d / "state").stat().st_size // 2),
-    "biggest file cut": lambda d: cut(biggest(d / "state")),
-    "biggest file empty": lambda d: os.truncate(biggest(d / "state"), 0),
-    "biggest file lost": lambda d: biggest(d / "state").unlink(),
-    "state lost": lambda d: shutil.rmtree(d / "state"),
-    "meta cut": lambda d: cut(d / "meta" / "metadata"),
-    "meta lost": lambda d: shutil.rmtree(d / "meta"),
-    "meta is other JSON": lambda d: (d / "meta" / "metadata").write_text("[]"),
-    "meta changed": lambda d: (d / "meta" / "metadata").write_text(
-        (d / "meta" / "metadata").read_text().replace('"step": 4', '"step": 5')
-    ),
-    "data position changed": lambda d: (d / "data" / "process_0-of-1.json").write_text('{\n    "next_index": 5\n}'),
-    "data position lost": lambda d: (d / "data" / "process_0-of-1.json").unlink(),
-    "everything lost": lambda d: (shutil.rmtree(d), d.mkdir()),
+    "bytes flipped": (lambda d: flip(biggest(d / "state"), biggest(d / "state").stat().st_size // 2), "bits|DATA_LOSS"),
+    "biggest file cut": (lambda d: cut(biggest(d / "state")), "state cannot be read"),
+    "biggest file empty": (lambda d: os.truncate(biggest(d / "state"), 0), "state cannot be read"),
+    "biggest file lost": (lambda d: biggest(d / "state").unlink(), "state cannot be read"),
+    "state lost": (lambda d: shutil.rmtree(d / "state"), "state cannot be read"),
+    "meta cut": (lambda d: cut(d / "meta" / "metadata"), "meta cannot be read: JSONDecodeError"),
+    "meta lost": (lambda d: shutil.rmtree(d / "meta"), "meta cannot be read"),
+    "meta is other JSON": (lambda d: (d / "meta" / "metadata").write_text("[]"), "meta cannot be read"),
+    "meta changed": (lambda d: rewrite(d / "meta" / "metadata", "bfloat16", "float16"), "checksum"),
+    "folder of another step": (lambda d: (shutil.rmtree(d), shutil.copytree(d.parent / "2", d)), "folder's name"),
+    "position changed": (lambda d: rewrite(d / "data" / "process_0-of-1.json", "4", "5"), "position.*checksum"),
+    "position lost": (lambda d: (d / "data" / "process_0-of-1.json").unlink(), "position cannot be read"),
+    "everything lost": (lambda d: (shutil.rmtree(d), d.mkdir()), "meta cannot be read"),
 }
 
 
@@ -246,7 +256,7 @@ DAMAGE = {
 def test_damage_is_reported_and_the_checkpoint_before_is_used(
     copied: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    DAMAGE[damage](copied / "4")
+    DAMAGE[damage][0](copied / "4")
     left = {str(path.relative_to(copied / "4")) for path in files_of(copied / "4")}
     iterator = make_iterator()
     with caplog.at_level(logging.WARNING), Checkpointer(copied, every=1) as checkpointer:
@@ -255,7 +265,8 @@ def test_damage_is_reported_and_the_checkpoint_before_is_used(
         assert iterator.get_state() == {"next_index": 2}
         (skipped,) = restored.skipped
         assert skipped.path == copied / "4"
-        assert skipped.reason
+        assert "\n" not in skipped.reason
+        assert re.search(DAMAGE[damage][1], skipped.reason)
         assert f"{copied / '4'}: {skipped.reason}" in caplog.text
 
         aside = copied / "damaged-4-0"
@@ -294,7 +305,7 @@ def test_no_flipped_byte_in_any_file_gives_a_wrong_state(copied: Path) -> None:
     assert_is_step(checkpointer.restore(target), 4)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.randoms(use_true_random=False), st.integers(1, 255), st.integers(1, 40))
 def test_random_damage_never_gives_a_wrong_state(saved: Path, random: Any, mask: int, length: int) -> None:
     path = random.choice(files_of(saved / "4"))
@@ -550,3 +561,63 @@ def test_sharded_arrays_and_a_kill_during_the_write(tmp_path: Path) -> None:
     checkpointer.maybe_save(3, {"x": jnp.zeros(1)}, None, {})
     checkpointer.close()
     assert not list((tmp_path / "run").glob("*tmp*"))
+
+
+PROCESSES = """
+    import sys
+    import grain, jax, numpy as np
+    from jax.experimental import multihost_utils
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from experiments.checkpoints import Checkpointer
+
+    index, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    sharding = NamedSharding(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), P("data"))
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    state = {"x": jax.make_array_from_callback(values.shape, sharding, lambda where: values[where])}
+    iterator = iter(grain.MapDataset.range(100)[index::2].repeat().to_iter_dataset())
+    checkpointer = Checkpointer(directory, every=1)
+    for step in (1, 2):
+        next(iterator)
+        checkpointer.maybe_save(step, state, iterator, {})
+    checkpointer.wait()
+    if index == 0:  # only the other process can see this damage
+        (checkpointer.directory / "2" / "data" / "process_1-of-2.json").write_text("{}")
+    multihost_utils.sync_global_devices("damaged")
+    target = {"x": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=sharding)}
+    restored = checkpointer.restore(target, iterator)
+    for shard in restored.state["x"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, values[shard.index])
+    (skipped,) = restored.skipped
+    print(restored.step, iterator.get_state(), skipped.reason, flush=True)
+    checkpointer.maybe_save(2, state, iterator, {})
+    checkpointer.close()
+"""
+
+
+def test_processes_agree_on_damage_that_one_of_them_sees(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PROCESSES), str(index), port, str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    results = [[line for line in out.splitlines() if line.startswith("1 ")] for out, _ in outputs]
+    reasons = ("damaged for process(es) [1]", "the data position does not agree with its checksum")
+    assert results == [[f"1 {{'next_index': 1}} {reason}"] for reason in reasons], outputs[0][1] + outputs[1][1]
+    assert [process.returncode for process in running] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "damaged-2-0"]

@@ -241,5 +241,5 @@ def test_collectives_are_those_of_the_preset(eight):
     # Microbatches are rows that each device already has: accumulating sends nothing but sums.
     assert kinds["dp_accumulated"] == {"all-reduce"}
     gradients = sum(c[3] for c in eight["dp"]["collectives"])
-    parameters = 4 * (16 * 32 + 32 + 32 + 32 * 64 + 64 + 64 * 32 + 32 + 32 * 4 + 4)
+    parameters = 4 * (16 * 32 + 32 + 32 + 32 * 64 + 64 + 64 * 4 + 4)
     assert parameters <= gradients <= parameters + 256

@@ -36,16 +36,15 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         def dense(features, names):
-            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
+            init = nn.with_logical_partitioning(nn.initializers.he_uniform(), names)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), names[1:])
             return nn.Dense(features, kernel_init=init, bias_init=zeros)
 
         x = dense(self.width, ("patch", "embed"))(x)
         scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)), (self.width,))
         x = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
-        x = nn.gelu(dense(2 * self.width, ("embed", "mlp"))(x))
-        x = nn.gelu(dense(self.width, ("mlp", "embed"))(x))
-        return dense(CLASSES, ("embed", "classes"))(x)
+        x = nn.relu(dense(2 * self.width, ("embed", "mlp"))(x))
+        return dense(CLASSES, ("mlp", "classes"))(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ToyTask:
         return {"weight": jnp.sum(batch["w"])}
 
     def loss(self, params, batch, *, rng, step, extra, normalizers, train):
-        x = batch["x"] + self.noise * jax.random.normal(rng, batch["x"].shape)
+        x = batch["x"] + self.noise * jax.random.uniform(rng, batch["x"].shape, minval=-1.0)
         metrics, logits = self._metrics(params, batch | {"x": x})
         size = jnp.sum(batch["w"] * jnp.mean(logits**2, axis=-1))
         loss = (metrics["cross_entropy"][0] + extra["penalty"] * size) / normalizers["weight"]

@@ -54,7 +54,9 @@ def test_equals_a_restatement(softmax, kv_heads):
     np.testing.assert_allclose(out, _restated(params, _x(), _x(), softmax, kv_heads=kv_heads)[0], rtol=1e-4, atol=1e-5)
     context = _x(9, seed=3)
     out, _ = layer.apply(params, _x(), context)
-    np.testing.assert_allclose(out, _restated(params, _x(), context, softmax, kv_heads=kv_heads)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        out, _restated(params, _x(), context, softmax, kv_heads=kv_heads)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "rotary": True, "softmax": "off_by_one"}])
@@ -86,7 +88,9 @@ def test_the_map_that_is_handed_out_is_the_one_that_is_used():
     params = _init(layer, _x())
     key_bias = np.log(np.arange(1.0, N + 1, dtype=np.float32))[None].repeat(B, 0)
     _, signals = layer.apply(params, _x(), key_bias=key_bias, signals=("attention",))
-    np.testing.assert_allclose(signals.attention, _restated(params, _x(), _x(), key_bias=key_bias)[1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        signals.attention, _restated(params, _x(), _x(), key_bias=key_bias)[1], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -155,7 +159,10 @@ def test_cross_attention_turns_keys_by_the_context_positions():
     context, places = _x(3, seed=3), np.asarray([[4, 0, 9]])
     out, _ = layer.apply(params, _x(), context, context_positions=places)
     tree = jax.tree.map(np.asarray, params["params"])
-    project = lambda name, x: np.einsum("bnd,dhk->bnhk", x, tree[name]["kernel"]) + tree[name]["bias"]
+
+    def project(name, x):
+        return np.einsum("bnd,dhk->bnhk", x, tree[name]["kernel"]) + tree[name]["bias"]
+
     query = rotate(jnp.asarray(project("query", _x())), np.arange(N)[None])
     key = rotate(jnp.asarray(project("key", context)), places)
     weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) * (D // H) ** -0.5)
@@ -166,7 +173,9 @@ def test_cross_attention_turns_keys_by_the_context_positions():
 
 def test_t5_settings_no_scale_no_bias_own_initialisation():
     ones = nn.initializers.ones_init()
-    layer = Attention(H, head_dim=8, scale=1.0, use_bias=False, kernel_init=ones, query_init=nn.initializers.normal(0.5))
+    layer = Attention(
+        H, head_dim=8, scale=1.0, use_bias=False, kernel_init=ones, query_init=nn.initializers.normal(0.5)
+    )
     params = nn.unbox(layer.init(jax.random.key(0), _x()))["params"]
     assert {name: set(leaves) for name, leaves in params.items()} == {
         name: {"kernel"} for name in ("query", "key", "value", "out")
@@ -199,7 +208,10 @@ def test_bfloat16_compute_keeps_float32_parameters():
 
 def test_every_parameter_has_logical_axes():
     boxed = jax.eval_shape(Attention(H, kv_heads=2).init, jax.random.key(0), _x())["params"]
-    assert boxed["key"]["kernel"].names == ("embed", "heads", "head_dim") and boxed["key"]["bias"].names == ("heads", "head_dim")
+    assert boxed["key"]["kernel"].names == ("embed", "heads", "head_dim") and boxed["key"]["bias"].names == (
+        "heads",
+        "head_dim",
+    )
     assert boxed["out"]["kernel"].names == ("heads", "head_dim", "embed") and boxed["out"]["bias"].names == ("embed",)
 
 

@@ -105,7 +105,10 @@ def test_dropout_only_when_asked_for(layer):
     variables = _init(layer)
     plain = layer.clone(dropout=0.0).apply(variables, X)
     np.testing.assert_array_equal(layer.apply(variables, X), plain)
-    draw = lambda seed: layer.apply(variables, X, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+
+    def draw(seed):
+        return layer.apply(variables, X, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+
     np.testing.assert_array_equal(draw(0), draw(0))
     assert np.any(draw(0) != draw(1)) and np.any(draw(0) != plain)
 

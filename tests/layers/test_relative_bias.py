@@ -41,9 +41,7 @@ def test_check_values():
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (64, 1000)])
 def test_buckets_equal_the_logarithmic_formula(bidirectional, num_buckets, max_distance):
     relative = np.arange(-1100, 1101)
-    ours = relative_buckets(
-        relative, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance
-    )
+    ours = relative_buckets(relative, bidirectional=bidirectional, num_buckets=num_buckets, max_distance=max_distance)
     expected = [_logarithmic(int(r), bidirectional, num_buckets, max_distance) for r in relative]
     np.testing.assert_array_equal(ours, expected)
     assert ours.min() == 0 and ours.max() == num_buckets - 1

@@ -25,7 +25,10 @@ def test_equals_a_product_of_complex_numbers():
 def test_products_depend_on_differences_and_norms_stay(shift, seed):
     positions = np.random.default_rng(seed).integers(0, 500, size=(2, 5))
     here, there = rotate(X, positions), rotate(X, positions + shift)
-    products = lambda x: np.einsum("bqhd,bkhd->bhqk", x, x)
+
+    def products(x):
+        return np.einsum("bqhd,bkhd->bhqk", x, x)
+
     np.testing.assert_allclose(products(here), products(there), atol=5e-3)
     np.testing.assert_allclose(np.linalg.norm(here, axis=-1), np.linalg.norm(X, axis=-1), rtol=1e-4)
 

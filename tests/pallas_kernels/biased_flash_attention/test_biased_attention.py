@@ -11,7 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.biased_flash_attention import api, attention_column_stats, attention_map, biased_attention, reference
+from pallas_kernels.biased_flash_attention import (
+    api,
+    attention_column_stats,
+    attention_map,
+    biased_attention,
+    reference,
+)
 
 B, Q, K, H, G, D = 2, 5, 7, 4, 2, 8
 IMPLEMENTATIONS = ("xla",)
@@ -20,7 +26,10 @@ IMPLEMENTATIONS = ("xla",)
 @functools.cache
 def _inputs(queries=Q, keys=K, heads=H, groups=G, seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     mask = np.where(rng.random((B, keys)) < 0.3, -np.inf, draw(B, keys)).astype(np.float32)
     mask[:, 0] = 0.0
     return {
@@ -43,7 +52,9 @@ def _loop_map(query, key, key_bias=None, bias=None, causal=False, softmax="stand
         for k in range(keys):
             if causal and k > q + keys - queries:
                 continue
-            row[k] = query[b, q, h].astype(np.float64) @ key[b, k, h // share] * (width**-0.5 if scale is None else scale)
+            row[k] = (
+                query[b, q, h].astype(np.float64) @ key[b, k, h // share] * (width**-0.5 if scale is None else scale)
+            )
             row[k] += 0.0 if key_bias is None else key_bias[b, k]
             row[k] += 0.0 if bias is None else bias[b % bias.shape[0], h, q, k]
         weights = np.exp(row)
@@ -73,7 +84,9 @@ class TestImplementation:
         options = options | {name: inputs[name] for name in names}
         expected = _loop_map(inputs["query"], inputs["key"], **options)
         value = np.repeat(inputs["value"], H // G, axis=2)
-        out = biased_attention(inputs["query"], inputs["key"], inputs["value"], implementation=implementation, **options)
+        out = biased_attention(
+            inputs["query"], inputs["key"], inputs["value"], implementation=implementation, **options
+        )
         np.testing.assert_allclose(out, np.einsum("bhqk,bkhd->bqhd", expected, value), rtol=2e-5, atol=2e-6)
         sums = attention_column_stats(
             inputs["query"],
@@ -107,7 +120,9 @@ class TestImplementation:
             return jnp.sum((out - target) ** 2)
 
         args = [inputs[name] for name in names]
-        ours = jax.grad(functools.partial(loss, biased_attention, implementation=implementation), argnums=range(5))(*args)
+        ours = jax.grad(functools.partial(loss, biased_attention, implementation=implementation), argnums=range(5))(
+            *args
+        )
         theirs = jax.grad(functools.partial(loss, reference.biased_attention), argnums=range(5))(*args)
         for name, mine, other in zip(names, ours, theirs, strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -239,7 +254,10 @@ def _run(implementation, query, key, value, key_bias, softmax="standard"):
     [
         ({"query": np.zeros((B, Q, D))}, r"must be \[B, N, heads, d\]"),
         ({"key": np.zeros((B, K, G, D + 1))}, "head width must agree"),
-        ({"key": np.zeros((B, K, 3, D)), "value": np.zeros((B, K, 3, D))}, "divide the number of query heads; got 3 and 4"),
+        (
+            {"key": np.zeros((B, K, 3, D)), "value": np.zeros((B, K, 3, D))},
+            "divide the number of query heads; got 3 and 4",
+        ),
         ({"value": np.zeros((B, K + 1, G, D))}, "value"),
         ({"key_bias": np.zeros((B, Q))}, r"key_bias must be \[B, K\] = \(2, 7\)"),
         ({"bias": np.zeros((3, H, Q, K))}, r"bias must be \[1 or 2"),

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs studies and writes their tables, plots and rows to `results/SUITE/STUDY/`.
+
+    python -m experiments.reproduce
+    python -m experiments.reproduce --only=tome
+    python -m experiments.reproduce --suite=quick --only=tome,mrt5
+
+`headline` takes at most 10 minutes on two CPU cores; `quick` up to 20 minutes a study, with three seeds; `full` is for an
+accelerator. Starting the same command again continues: runs resume from their checkpoints, rows that exist are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from etils import epath
+
+from experiments.studies import STUDIES
+from experiments.studies.readme import update
+from experiments.studies.study import Context
+from experiments.train import Interrupted, quiet_logs
+
+SUITES = ("headline", "quick", "full")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads the arguments and runs the studies; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--suite", choices=SUITES, default="headline")
+    parser.add_argument("--only", default="", help=f"studies, comma separated: {', '.join(STUDIES)} (default: all)")
+    parser.add_argument("--results", default="results", help="where tables and plots go (default %(default)s)")
+    parser.add_argument("--runs", default="runs", help="where training runs go (default %(default)s)")
+    parser.add_argument("--readme", default="", help="also renew the result tables between the markers of this file")
+    options = parser.parse_args(argv)
+    names = [name for name in options.only.split(",") if name] or list(STUDIES)
+    if unknown := sorted(set(names) - set(STUDIES)):
+        parser.error(f"no study is named {', '.join(unknown)}; there are {', '.join(STUDIES)}")
+    quiet_logs()
+    started = time.time()
+
+    def say(text: str) -> None:
+        print(f"[{time.strftime('%H:%M:%S', time.gmtime(time.time() - started))}] {text}", file=sys.stderr, flush=True)
+
+    for index, name in enumerate(names, start=1):
+        study = STUDIES[name]
+        place = (options.suite, name)
+        results, runs = (epath.Path(root).joinpath(*place) for root in (options.results, options.runs))
+        say(f"study {index} of {len(names)}: {name} ({options.suite})")
+        try:
+            study.run(Context(name, options.suite, study.SUITES[options.suite], results, runs, say))
+        except Interrupted as reason:
+            print(f"{reason}\nThe same command continues: python -m experiments.reproduce ...", file=sys.stderr)
+            return reason.exit_code
+        say(f"{name} is in {results}")
+        print((results / "table_summary.md").read_text())
+    if options.readme:
+        update(epath.Path(options.readme), epath.Path(options.results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

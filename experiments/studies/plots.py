@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of studies: trade-offs as lines, and pictures of what happened to patches and bytes. PNG and PDF each.
+
+Shapes: B images, N0 original tokens, h w the patch grid.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+# Text in a PDF stays text.
+matplotlib.rcParams["pdf.fonttype"] = 42
+
+MARKERS = "osD^vP*X"
+
+
+def save(figure: Figure, directory: epath.Path, name: str) -> None:
+    """Writes `name.png` and `name.pdf`; the files hold no date, so that equal figures are equal files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=130, bbox_inches="tight", metadata=metadata)
+        (directory / f"{name}.{kind}").write_bytes(buffer.getvalue())
+
+
+def trade_off(
+    rows: Iterable[Mapping[str, Any]],
+    panels: Sequence[tuple[str, str, str, str]],
+    *,
+    line: str = "method",
+    level: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Lines of methods in one panel for each `(x key, x label, y key, y label)`; points of several seeds are averaged.
+
+    Args:
+      rows: with a `group` each (seeds of a setting share it).
+      panels: what to draw against what.
+      line: key that names a line.
+      level: the dense row, drawn as a dashed level.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    rows = list(rows)
+    lines = dict.fromkeys(row[line] for row in rows)
+    for axis, (x, x_label, y, y_label) in zip(axes, panels, strict=True):
+        for index, name in enumerate(lines):
+            chosen = [row for row in rows if row[line] == name]
+            groups = dict.fromkeys(row["group"] for row in chosen)
+            points = [
+                [np.mean([row[key] for row in chosen if row["group"] == group]) for key in (x, y)] for group in groups
+            ]
+            xs, ys = zip(*sorted(points), strict=True)
+            axis.plot(xs, ys, marker=MARKERS[index % len(MARKERS)], markersize=4, label=str(name))
+        if level is not None and y in level:
+            axis.axhline(level[y], color="0.5", linestyle="--", linewidth=1, label="dense")
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def merged_patches(
+    images: np.ndarray, origins: Sequence[np.ndarray], grid: tuple[int, int], titles: Sequence[str], *, skip: int
+) -> Figure:
+    """Images beside the patches that share a token, one column for each reduction; dropped patches are dark.
+
+    Patches of one token have the mean colour of their pixels and a common outline.
+
+    Args:
+      images: `[B, H, W, C]`.
+      origins: for each column `[B, N0]`, slot of each original token, -1 for dropped.
+      grid: `(h, w)`; skip: tokens before the patches (1 with a class token).
+      titles: of the columns after the first.
+    """
+    shown = _as_rgb(images)
+    figure = Figure(figsize=(1.9 * (len(origins) + 1), 1.95 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(origins) + 1, squeeze=False)
+    for row, image in enumerate(shown):
+        axes[row][0].imshow(image, interpolation="nearest")
+        for column, origin in enumerate(origins, start=1):
+            slots = origin[row][skip:].reshape(grid)
+            axes[row][column].imshow(_painted(image, slots), interpolation="nearest")
+            _outline(axes[row][column], slots, image.shape[0] // grid[0])
+    for axis, title in zip(axes[0], ("image", *titles), strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return figure
+
+
+def _as_rgb(images: np.ndarray) -> np.ndarray:
+    """`[B, H, W, 3]` in 0..1 from normalised images of one or three channels."""
+    low = images.min(axis=(1, 2, 3), keepdims=True)
+    high = images.max(axis=(1, 2, 3), keepdims=True)
+    scaled = (images - low) / np.maximum(high - low, 1e-6)
+    return np.repeat(scaled, 3, axis=-1) if scaled.shape[-1] == 1 else scaled
+
+
+def _painted(image: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """The image with each token's patches in their mean colour, dropped ones dark."""
+    size = image.shape[0] // slots.shape[0]
+    spread = np.repeat(np.repeat(slots, size, axis=0), size, axis=1)
+    out = np.zeros_like(image)
+    for slot in np.unique(slots[slots >= 0]):
+        alone = (slots == slot).sum() == 1
+        # A token of a single patch still carries all of it, so it is shown as it is.
+        out[spread == slot] = image[spread == slot] if alone else image[spread == slot].mean(axis=0)
+    return out
+
+
+def _outline(axis: Any, slots: np.ndarray, size: int) -> None:
+    """Lines between neighbouring patches of different tokens."""
+    height, width = slots.shape
+    for y in range(height):
+        for x in range(width):
+            if x + 1 < width and slots[y, x] != slots[y, x + 1]:
+                edge = (x + 1) * size - 0.5
+                axis.plot([edge, edge], [y * size - 0.5, (y + 1) * size - 0.5], color="tab:orange", linewidth=0.7)
+            if y + 1 < height and slots[y, x] != slots[y + 1, x]:
+                edge = (y + 1) * size - 0.5
+                axis.plot([x * size - 0.5, (x + 1) * size - 0.5], [edge, edge], color="tab:orange", linewidth=0.7)
+
+
+def deleted_bytes(lines: Sequence[tuple[str, bytes, np.ndarray]], *, width: int = 96) -> Figure:
+    """Text with its deleted bytes struck in red and its kept bytes in black, one block for each `(title, bytes, kept)`."""
+    rows = [(title, text[i : i + width], kept[i : i + width]) for title, text, kept in lines for i in range(0, len(text), width)]
+    figure = Figure(figsize=(0.088 * width + 0.4, 0.23 * (len(rows) + len(lines)) + 0.2))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    axis.set_xlim(0, width + 1)
+    y, last = 0.0, None
+    for title, text, kept in rows:
+        if title != last:
+            y -= 1.1
+            axis.text(0.5, y, title, fontsize=8, weight="bold", family="sans-serif")
+            last = title
+        y -= 1.0
+        for x, (byte, stays) in enumerate(zip(text, kept, strict=True)):
+            shown = chr(byte) if 32 <= byte < 127 else ("¶" if byte == 10 else "·")
+            axis.text(x + 0.5, y, shown, fontsize=7.5, family="monospace", color="black" if stays else "tab:red")
+            if not stays:
+                axis.plot([x + 0.45, x + 1.25], [y + 0.22] * 2, color="tab:red", linewidth=0.5)
+    axis.set_ylim(y - 0.6, 0.3)
+    return figure

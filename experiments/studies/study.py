@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all studies share: rows that are written once, and the place where runs and results lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import measure
+from experiments.rundir import config_hash, git_revision, plain, versions
+from experiments.train import TrainResult, train
+
+# Packages whose versions stand in every row; the run directories hold the whole list.
+_PACKAGES = ("python", "jax", "jaxlib", "flax", "optax")
+
+
+class Rows:
+    """Rows in a JSON lines file, each under a unique id; a row that is there for the same config is not made again.
+
+    A torn last line, left by a kill, is dropped.
+    """
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+        self._rows: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                self._rows[row["id"]] = row
+
+    def make(self, identifier: str, config: ConfigDict, build: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The row `identifier`: the one on disk if it came from the same config, else a new one from `build`."""
+        digest = config_hash(config)
+        old = self._rows.get(identifier)
+        if old is not None and old["config_hash"] == digest:
+            return old
+        started = time.time()
+        row = {"id": identifier, **build()}
+        row |= {
+            "config_hash": digest,
+            "seed": config.seed,
+            "device": measure.device_name(),
+            "versions": {name: value for name, value in versions().items() if name in _PACKAGES},
+            "revision": git_revision(),
+            "seconds": round(time.time() - started, 2),
+        }
+        self._rows[identifier] = plain(row)
+        self._write()
+        return self._rows[identifier]
+
+    def keep(self, identifiers: Iterable[str]) -> list[dict[str, Any]]:
+        """The rows of these ids, in this order; others, left by earlier settings, are removed from the file."""
+        self._rows = {name: self._rows[name] for name in identifiers}
+        self._write()
+        return list(self._rows.values())
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.parent / (self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
+        # A rename is atomic, so a kill leaves the old file or the new one.
+        temporary.replace(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where and how a study runs.
+
+    Attributes:
+      name, suite: of the study and the suite.
+      settings: of the suite, from the study's `SUITES`.
+      results: directory of this study's tables, plots and rows; runs: directory of its training runs.
+      say: prints a line of progress.
+    """
+
+    name: str
+    suite: str
+    settings: Mapping[str, Any]
+    results: epath.Path
+    runs: epath.Path
+    say: Callable[[str], None]
+
+    @property
+    def rows(self) -> Rows:
+        """The study's rows."""
+        return Rows(self.results / "rows.jsonl")
+
+    def train(self, name: str, config: ConfigDict, **options: Any) -> TrainResult:
+        """Trains the run `name`, or continues or returns it when it is there."""
+        self.say(f"training {name}: {config.steps} steps of {config.batch_size} ({self.runs / name})")
+        return train(config, self.runs / name, **options)
+
+    def evaluate_command(self, run: str, split: str, overrides: Mapping[str, Any]) -> str:
+        """The command that evaluates a run of this study again."""
+        changes = "".join(f" --set {key}={json.dumps(value)}" for key, value in overrides.items())
+        return f"python -m experiments.evaluate --workdir={self.runs / run} --split={split}{changes}"

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of every family on 8 fake devices: the losses of one device, and no collective that an adaptive method causes."""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.experiments.sharded_models import CASES
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Adaptive case -> the dense one that it is compared with.
+TWINS = {"vit-tome": "vit", "vit-evit": "vit", "vit-random": "vit", "t5-mrt5": "t5", "t5-random": "t5"}
+SHARDED = [(case, preset) for case, (*_, presets) in CASES.items() for preset in presets if preset != "none"]
+# Metrics and the controller add scalars; the gate's own three parameters have gradients and may be gathered.
+SCALAR, GATE = 1, 32
+
+
+@pytest.fixture(scope="module")
+def runs():
+    script = pathlib.Path(__file__).with_name("sharded_models.py")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def sent(rows):
+    """How often each kind of collective sends arrays of each size, scalars aside."""
+    sizes = ((kind, math.prod(shape)) for kind, shape in rows)
+    return collections.Counter(entry for entry in sizes if entry[1] > SCALAR)
+
+
+@pytest.mark.parametrize(("case", "preset"), SHARDED)
+def test_losses_and_metrics_are_those_of_one_device(runs, case, preset):
+    one, many = runs[case]["none"], runs[case][preset]
+    assert (one["devices"], many["devices"]) == (1, 8)
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
+    assert many["evaluation"] == pytest.approx(one["evaluation"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("case", "preset"), [(c, p) for c, p in SHARDED if c in TWINS])
+@pytest.mark.parametrize("step", ["train", "eval"])
+def test_an_adaptive_method_causes_no_collective(runs, case, preset, step):
+    own = sent(runs[case][preset][step]) - sent(runs[TWINS[case]][preset][step])
+    if case == "t5-mrt5":
+        own = collections.Counter({entry: n for entry, n in own.items() if entry[1] > GATE})
+    assert not own
+
+
+@pytest.mark.parametrize("case", ["vit", "t5"])
+def test_fsdp_gathers_parameters_and_moves_no_activations(runs, case):
+    """The largest gathered array is a parameter: 32 wide by at most 384 (the byte table) or 16 x 128 (patches)."""
+    assert max(size for _, size in sent(runs[case]["fsdp"]["eval"])) <= 384 * 32

@@ -465,16 +465,18 @@ def run(config: ConfigDict, workdir: str | os.PathLike[str], **options: Any) -> 
     except Interrupted as reason:
         print(reason, file=sys.stderr)
         return reason.exit_code
-    except NonFiniteError as reason:
+    except (NonFiniteError, config_lib.ConfigError, WorkdirMismatch, CheckpointMismatch, NoSoundCheckpoint) as reason:
         print(f"error: {reason}", file=sys.stderr)
-        return 1
-    except (config_lib.ConfigError, WorkdirMismatch, CheckpointMismatch, NoSoundCheckpoint) as reason:
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
-    shown = {k: f"{v:.6g}" for k, v in result.metrics.items() if isinstance(v, float) and "/" in k}
-    print(f"Complete at step {result.step} in {result.workdir}")
-    print("\n".join(f"  {name}: {value}" for name, value in shown.items()))
+        return 1 if isinstance(reason, NonFiniteError) else 2
+    shown = [f"  {k}: {v:.6g}" for k, v in result.metrics.items() if isinstance(v, float) and "/" in k]
+    print("\n".join([f"Complete at step {result.step} in {result.workdir}", *shown]))
     return 0
+
+
+def quiet_logs() -> None:
+    """Warnings only, unless `--verbosity` was given: orbax tells the story of each save at INFO."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
 
 
 def _main(argv: list[str]) -> None:
@@ -484,8 +486,7 @@ def _main(argv: list[str]) -> None:
     missing = [name for name in ("config", "workdir") if getattr(values, name) is None]
     if missing:
         raise app.UsageError(f"--{' and --'.join(missing)} must be given; see the examples above.", exitcode=2)
-    if not values["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells the story of each save at INFO
+    quiet_logs()
     if values.distributed:
         jax.distributed.initialize()
     sys.exit(run(values.config, values.workdir, overwrite=values.overwrite))

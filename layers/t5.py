@@ -59,8 +59,9 @@ class _State:
 
     def reduce(self, reduction: Reduction) -> _State:
         """The state after a reduction of its tokens."""
+        tokens = reduction.apply(self.tokens)
         return _State(
-            reduction.apply(self.tokens),
+            tokens.replace(features=along_batch(tokens.features)),
             None if self.gate is None else reduction.reduce(self.gate),
             reduction if self.reduction is None else self.reduction.then(reduction),
             moved=True,
@@ -408,8 +409,9 @@ class T5(nn.Module):
     def _encoder_bias(self, state: _State) -> Float[Array, "b H N N"]:
         """Relative bias at the original positions; without a batch axis to repeat while all rows share them."""
         coords = state.tokens.coords[..., 0]
-        positions = coords if state.moved else coords[:1]
-        return self.encoder_bias(positions, positions)
+        if not state.moved:
+            return self.encoder_bias(coords[:1], coords[:1])
+        return along_batch(self.encoder_bias(coords, coords))
 
     def _decode(self, state: _State, decoder_input_ids: Array | None, deterministic: bool) -> Array:
         """Logits `[B, T, V]`, or the normed encoder features without decoder tokens."""

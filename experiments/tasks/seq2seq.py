@@ -159,9 +159,10 @@ class Seq2Seq:
         """Cross-entropy, bits per byte and the share of bytes left; each device picks its own rung of the ladder."""
         del extra
         mesh = jax.sharding.get_abstract_mesh()
-        if self.model.rungs is None or mesh.empty or mesh.size == 1:
+        on_ladder = self.model.gate is not None and self.model.rungs is not None and self.deletion.evaluate == "hard"
+        if not on_ladder or mesh.empty or mesh.size == 1:
             return self._evaluate(params, batch)
-        if self.model.gate is not None and "rng" in registry.describe(self.model.gate).signals:
+        if "rng" in registry.describe(self.model.gate).signals:
             # A draw must not depend on the number of devices, so it stays under automatic sharding; there the ladder, whose
             # results are the same with or without it, would wait for the slowest row of all devices.
             return dataclasses.replace(self, model=self.model.clone(rungs=None))._evaluate(params, batch)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -212,7 +213,8 @@ print("REPORT" + json.dumps(report))
 
 @pytest.fixture(scope="module")
 def eight():
-    done = subprocess.run([sys.executable, "-c", EIGHT], cwd=REPO, capture_output=True, text=True, timeout=300)
+    options = {"cwd": REPO, "env": os.environ | {"JAX_PLATFORMS": "cpu"}, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", EIGHT], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("REPORT")[1])
 
@@ -220,7 +222,7 @@ def eight():
 @pytest.mark.parametrize("name", ["dp", "fsdp", "dp_accumulated"])
 def test_eight_devices_give_the_losses_of_one(eight, name):
     one, many = eight["none"], eight[name]
-    assert one["losses"][-1] < one["losses"][0]
+    assert np.mean(one["losses"][-4:]) < np.mean(one["losses"][:4])
     np.testing.assert_allclose(many["losses"], one["losses"], atol=1e-5, rtol=0)
     assert many["eval"] == pytest.approx(one["eval"], abs=1e-5)
 

@@ -36,7 +36,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         def dense(features, names):
-            init = nn.with_logical_partitioning(nn.initializers.he_uniform(), names)
+            init = nn.with_logical_partitioning(nn.initializers.lecun_uniform(), names)
             zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), names[1:])
             return nn.Dense(features, kernel_init=init, bias_init=zeros)
 
@@ -137,7 +137,7 @@ def config(**overrides: Any):
     """A config that trains the toy in a second; overrides by dotted key, with '__' for '.'."""
     result = base_config()
     small = {"steps": 24, "batch_size": 16, "log_every": 1, "ema": 0.9, "parallel.preset": "none"}
-    small |= {"optimizer.peak": 3e-3, "optimizer.warmup": 2, "optimizer.weight_decay": 0.01}
+    small |= {"optimizer.peak": 1e-2, "optimizer.warmup": 2, "optimizer.weight_decay": 0.01}
     small |= {"eval.every": 8, "checkpoint.every": 5, "checkpoint.keep": 2}
     return apply_overrides(result, small | {key.replace("__", "."): value for key, value in overrides.items()})
 

@@ -93,7 +93,7 @@ def test_gradients_of_the_gate_are_those_of_the_formula():
 @settings(max_examples=30, deadline=None)
 @given(gate=GATES, lengths=LENGTHS)
 @example(gate=np.full((2, LENGTH), SCALE, np.float32), lengths=(LENGTH, 4))
-@example(gate=np.full((2, LENGTH), SCALE / 2, np.float32), lengths=(0, 1))
+@example(gate=np.full((2, LENGTH), SCALE / 2, np.float32), lengths=(LENGTH, 0))
 def test_hard_deletion_keeps_the_open_gates_in_order_and_at_least_one_token(gate, lengths):
     tokens = make_tokens(lengths)
     out, reduced = hard()(gate, tokens)

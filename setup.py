@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packaging; the settings of tools (ruff, pytest) live in pyproject.toml."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 # Lower bounds are the versions that the test suite was run against.
@@ -48,7 +50,7 @@ setup(
     name="adaptive-transformers",
     version="0.1.0",
     description="Adaptive-compute transformers in JAX: tokens merged, bytes deleted, speedups realised under jit.",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",

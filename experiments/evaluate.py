@@ -106,7 +106,9 @@ def restore(workdir: epath.Path, config: ConfigDict, program: train.Program, ste
     return restored.state, restored.step
 
 
-def evaluate(workdir: str, *, overrides: dict[str, Any] | None = None, split: str = "", step: Any = None, **options: Any):
+def evaluate(
+    workdir: str, *, overrides: dict[str, Any] | None = None, split: str = "", step: Any = None, **options: Any
+):
     """One row of results for a run; see the module docstring. `options` go to `assess`."""
     directory = epath.Path(workdir)
     config = load_config(directory)

@@ -27,9 +27,7 @@ class Timing:
     repeats: int
 
 
-def interleaved(
-    functions: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
-) -> dict[str, Timing]:
+def interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1) -> dict[str, Timing]:
     """Times each function, in turn.
 
     Args:

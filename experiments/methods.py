@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lists every registered method.
 
-    python -m experiments.methods
-    python -m experiments.methods --kind=reduction --format=markdown
-    python -m experiments.methods tome
+python -m experiments.methods
+python -m experiments.methods --kind=reduction --format=markdown
+python -m experiments.methods tome
 """
 
 from __future__ import annotations

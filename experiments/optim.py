@@ -135,8 +135,7 @@ def build(config: Mapping[str, Any], steps: int, *, mask: Any = None) -> optax.G
       ValueError: an unknown optimiser, or a negative clip or weight decay.
 
     Source: adamw: Loshchilov & Hutter 2019, algorithm 2. adafactor: Shazeer & Stern 2018, algorithm 4.
-    Differs: weight decay is decoupled and scaled by the learning rate for all three; adafactor takes the schedule's
-      rate as it is instead of multiplying it by the root mean square of the parameter.
+    Differs: weight decay is decoupled and scaled by the learning rate for all three.
     """
     if config["weight_decay"] < 0:
         raise ValueError(f"optimizer.weight_decay is {config['weight_decay']}; it must be 0 (off) or above.")
@@ -161,7 +160,11 @@ def _preconditioner(config: Mapping[str, Any]) -> optax.GradientTransformation:
         momentum = config.get("momentum", 0.9)
         return optax.trace(decay=momentum) if momentum else optax.identity()
     if name == "adafactor":
-        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        # Steps in proportion to each parameter's size: T5, which does not scale its attention logits, learns to look
+        # things up by attention several times sooner than with equal steps.
+        return optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        )
     raise ValueError(f"optimizer.name is {name!r}; known optimisers: {', '.join(OPTIMIZERS)}.")
 
 

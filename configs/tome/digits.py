@@ -24,19 +24,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict(
         dict(
             patch_size=8,
-            width=128,
+            width=96,
             depth=6,
             heads=4,
-            mlp_dim=512,
+            mlp_dim=384,
             num_classes=10,
             pool="cls",
+            positions="sincos2d",
             reduction=reduction_section(method=given.method, r=given.r),
         )
     )
-    config.data = resolve(dict(source="digits", image_size=64, digits=1, clutter=6, examples=20_000, cache=True))
-    config.steps = 1_500
-    config.batch_size = 64
-    config.optimizer.peak = 1e-3
+    config.data = resolve(
+        dict(source="digits", image_size=64, scale=(0.5, 0.75), clutter=4, examples=20_000, cache=True)
+    )
+    config.steps = 2_000
+    config.batch_size = 32
+    config.optimizer.peak = 2e-3
     config.optimizer.warmup = 100
     config.optimizer.weight_decay = 0.05
     config.eval.every = 500

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a benchmark and prints one JSON object a line.
 
-    python -m experiments.bench --list
-    python -m experiments.bench tome
-    python -m experiments.bench tome --variant=S/16 --batch=1,8 --r=8,13,16
-    python -m experiments.bench mrt5 --batch=1 --length=512 --out=results/bench/mrt5.jsonl
+python -m experiments.bench --list
+python -m experiments.bench tome
+python -m experiments.bench tome --variant=S/16 --batch=1,8 --r=8,13,16
+python -m experiments.bench mrt5 --batch=1 --length=512 --out=results/bench/mrt5.jsonl
 """
 
 from __future__ import annotations

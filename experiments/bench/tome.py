@@ -76,9 +76,7 @@ def _row(options: argparse.Namespace, dense: ViT, params: Any, images: Any, remo
         "realised": round(realised, 4),
         "realised_share": round(realised / implied, 4),
         "overhead": round(times["reduction"].median / times["block"].median, 4),
-        "images_per_second": {
-            name: round(images.shape[0] / times[name].median, 3) for name in ("dense", "reduced")
-        },
+        "images_per_second": {name: round(images.shape[0] / times[name].median, 3) for name in ("dense", "reduced")},
         "milliseconds": {name: [round(1e3 * t, 3) for t in (v.low, v.median, v.high)] for name, v in times.items()},
         "tokens_after_layers": list(counts),
         "gmacs": [round(m / 1e9, 3) for m in macs],

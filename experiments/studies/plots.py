@@ -131,7 +131,11 @@ def _outline(axis: Any, slots: np.ndarray, size: int) -> None:
 
 def deleted_bytes(lines: Sequence[tuple[str, bytes, np.ndarray]], *, width: int = 96) -> Figure:
     """Text with its deleted bytes struck in red and its kept bytes in black, one block for each `(title, bytes, kept)`."""
-    rows = [(title, text[i : i + width], kept[i : i + width]) for title, text, kept in lines for i in range(0, len(text), width)]
+    rows = [
+        (title, text[i : i + width], kept[i : i + width])
+        for title, text, kept in lines
+        for i in range(0, len(text), width)
+    ]
     figure = Figure(figsize=(0.088 * width + 0.4, 0.23 * (len(rows) + len(lines)) + 0.2))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result tables inside a Markdown document, between markers that name their file.
 
-    <!-- table: headline/tome/table_summary.md -->
-    ...
-    <!-- end -->
+<!-- table: headline/tome/table_summary.md -->
+...
+<!-- end -->
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import measure
+from experiments.config import load
 from experiments.rundir import config_hash, git_revision, plain, versions
 from experiments.train import TrainResult, train
 
@@ -93,6 +94,12 @@ class Context:
     def rows(self) -> Rows:
         """The study's rows."""
         return Rows(self.results / "rows.jsonl")
+
+    @staticmethod
+    def config(name: str, arg: str = "") -> ConfigDict:
+        """The config `configs/NAME:ARG`."""
+        path = epath.Path(__file__).parents[2] / "configs" / name
+        return load(f"{path}:{arg}" if arg else str(path))
 
     def train(self, name: str, config: ConfigDict, **options: Any) -> TrainResult:
         """Trains the run `name`, or continues or returns it when it is there."""

@@ -50,7 +50,7 @@ def cell(values: Sequence[Any], digits: int) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "not run"
-    if isinstance(known[0], str) or isinstance(known[0], int):
+    if isinstance(known[0], str | int):
         return ", ".join(dict.fromkeys(str(value) for value in known))
     mean, deviation = spread(known)
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(known) > 1 else "")

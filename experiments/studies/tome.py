@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.tome import digits
 from experiments import data, tasks, train
 from experiments.evaluate import assess
 from experiments.rundir import apply_overrides
@@ -28,8 +27,8 @@ METHODS = ("tome", "evit", "class_attention", "random")
 
 # `rates`: tokens removed in every layer. `batches` of the test split are evaluated; 0: all.
 SUITES: dict[str, dict[str, Any]] = {
-    "headline": dict(seeds=(0,), overrides={"steps": 700}, rates=(2, 4, 6, 8, 9), batches=8, repeats=5),
-    "quick": dict(seeds=(0, 1, 2), overrides={"steps": 1_500}, rates=(2, 4, 6, 8, 9), batches=0, repeats=7),
+    "headline": dict(seeds=(0,), overrides={"steps": 1_000}, rates=(2, 4, 6, 8, 9), batches=32, repeats=5),
+    "quick": dict(seeds=(0, 1, 2), overrides={"steps": 2_000}, rates=(2, 4, 6, 8, 9), batches=0, repeats=7),
     "full": dict(
         seeds=(0, 1, 2),
         overrides={
@@ -64,7 +63,7 @@ def run(context: Context) -> None:
     """Trains, evaluates every method and rate, and writes the table, the plot and the picture."""
     rows, made = context.rows, []
     for seed in context.settings["seeds"]:
-        config = apply_overrides(digits.get_config(), {**context.settings["overrides"], "seed": seed})
+        config = apply_overrides(context.config("tome/digits.py"), {**context.settings["overrides"], "seed": seed})
         name = f"vit_seed{seed}"
         result = context.train(name, config)
         setups = [("dense", 0), *((method, r) for method in METHODS for r in context.settings["rates"])]

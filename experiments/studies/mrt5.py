@@ -150,7 +150,7 @@ def _row(
         "implied": found["implied"],
         "realised": 1.0 if method == DENSE else found["realised"],
         "milliseconds": found["milliseconds"],
-        "command": context.evaluate_command(name, "test", {}),
+        "command": context.evaluate_command(name, "test", {"batch_size": EVALUATION_BATCH}),
     }
 
 

@@ -109,4 +109,6 @@ class Context:
     def evaluate_command(self, run: str, split: str, overrides: Mapping[str, Any]) -> str:
         """The command that evaluates a run of this study again."""
         changes = "".join(f" --set {key}={json.dumps(value)}" for key, value in overrides.items())
-        return f"python -m experiments.evaluate --workdir={self.runs / run} --split={split}{changes}"
+        # As many batches as the study looked at, else the command would print another number.
+        batches = f" --batches={self.settings['batches']}" if self.settings["batches"] else ""
+        return f"python -m experiments.evaluate --workdir={self.runs / run} --split={split}{batches}{changes}"

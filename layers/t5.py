@@ -16,13 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptive import flops, ragged, registry
 from adaptive.deletion import gate as deletion_gate
 from adaptive.tokens import Reduction, Signals, TokenSet
-from layers.attention import Attention
 from layers.delete_gate import DeleteGate
 from layers.hooks import follow
-from layers.mlp import GatedMlp
 from layers.norms import RMSNorm
 from layers.relative_bias import RelativeBias
 from layers.sharding import along_batch
+from layers.t5_layers import DecoderLayer, EncoderLayer, ScannedDecoderLayer, ScannedEncoderLayer
 
 DELETIONS = (None, "soft", "hard")
 
@@ -66,116 +65,6 @@ class _State:
             reduction if self.reduction is None else self.reduction.then(reduction),
             moved=True,
         )
-
-
-class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and gated MLP; sizes as in `T5`. Returns the features and the signals asked for."""
-
-    heads: int
-    head_dim: int
-    mlp_dim: int
-    softmax: str
-    dropout: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], bias: Array, key_bias: Array, signals: tuple[str, ...], deterministic: bool
-    ) -> tuple[Float[Array, "B N D"], Signals]:
-        """`x` after the layer; `bias [1 or B, H, N, N]`, `key_bias [B, N]`."""
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        attended, found = _attention(self, "attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
-        )
-        x = x + drop(attended)
-        return x + drop(
-            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        ), found
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm causal self-attention, cross-attention and gated MLP; sizes as in `T5`."""
-
-    heads: int
-    head_dim: int
-    mlp_dim: int
-    softmax: str
-    dropout: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        encoded: Float[Array, "B M D"],
-        bias: Array,
-        key_bias: Array,
-        deterministic: bool,
-    ) -> Float[Array, "B T D"]:
-        """`x` after the layer; `encoded` is attended to with `key_bias [B, M]`."""
-        drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        own, _ = _attention(self, "attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, causal=True
-        )
-        x = x + drop(own)
-        cross, _ = _attention(self, "cross_attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="cross_norm")(x), encoded, key_bias=key_bias
-        )
-        x = x + drop(cross)
-        return x + drop(
-            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        )
-
-
-def _attention(layer: EncoderLayer | DecoderLayer, name: str, width: int) -> Attention:
-    inner = layer.heads * layer.head_dim
-    return Attention(
-        heads=layer.heads,
-        head_dim=layer.head_dim,
-        use_bias=False,
-        # T5 does not scale the logits; its query initialiser does instead.
-        scale=1.0,
-        softmax=layer.softmax,
-        dtype=layer.dtype,
-        query_init=nn.initializers.normal((width * layer.head_dim) ** -0.5),
-        kernel_init=nn.initializers.normal(width**-0.5),
-        out_init=nn.initializers.normal(inner**-0.5),
-        name=name,
-    )
-
-
-def _mlp(layer: EncoderLayer | DecoderLayer, width: int) -> GatedMlp:
-    return GatedMlp(
-        layer.mlp_dim,
-        activation="gelu_tanh",
-        dropout=layer.dropout,
-        dtype=layer.dtype,
-        kernel_init=nn.initializers.normal(width**-0.5),
-        out_init=nn.initializers.normal(layer.mlp_dim**-0.5),
-        name="mlp",
-    )
-
-
-class _ScannedEncoderLayer(nn.Module):
-    """An encoder layer in the form that `nn.scan` wants."""
-
-    layer: dict[str, Any]
-
-    @nn.compact
-    def __call__(self, x: Array, bias: Array, key_bias: Array, deterministic: bool) -> tuple[Array, None]:
-        return EncoderLayer(**self.layer, name="layer")(x, bias, key_bias, (), deterministic)[0], None
-
-
-class _ScannedDecoderLayer(nn.Module):
-    """A decoder layer in the form that `nn.scan` wants."""
-
-    layer: dict[str, Any]
-
-    @nn.compact
-    def __call__(
-        self, x: Array, encoded: Array, bias: Array, key_bias: Array, deterministic: bool
-    ) -> tuple[Array, None]:
-        return DecoderLayer(**self.layer, name="layer")(x, encoded, bias, key_bias, deterministic), None
 
 
 class T5(nn.Module):
@@ -238,13 +127,13 @@ class T5(nn.Module):
         self.encoder_bias = RelativeBias(self.heads, bidirectional=True, **bias)
         self.encoder_norm = RMSNorm(dtype=self.dtype)
         split = self.gate_layer if self.gate else 0
-        self.lower = self._stack(_ScannedEncoderLayer, EncoderLayer, range(split), "lower_stack")
-        self.upper = self._stack(_ScannedEncoderLayer, EncoderLayer, range(split, self.encoder_layers), "upper_stack")
+        self.lower = self._stack(ScannedEncoderLayer, EncoderLayer, range(split), "lower_stack")
+        self.upper = self._stack(ScannedEncoderLayer, EncoderLayer, range(split, self.encoder_layers), "upper_stack")
         if self.gate and "gate_logits" in registry.describe(self.gate).signals:
             self.delete_gate = DeleteGate()
         if self.decoder_layers:
             self.decoder_bias = RelativeBias(self.heads, bidirectional=False, **bias)
-            self.decoder = self._stack(_ScannedDecoderLayer, DecoderLayer, range(self.decoder_layers), "decoder_stack")
+            self.decoder = self._stack(ScannedDecoderLayer, DecoderLayer, range(self.decoder_layers), "decoder_stack")
             self.decoder_norm = RMSNorm(dtype=self.dtype)
             if not self.tie_embeddings:
                 self.head = nn.Dense(

@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
     )
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
-    config.data = resolve(dict(source="text", objective="next_byte", context=48, targets_length=4, **text))
+    config.data = resolve(dict(source="text", objective="next_byte", context=48, targets_length=16, **text))
     config.steps = 1_000
     config.batch_size = 32
     config.optimizer.name = "adafactor"

@@ -82,8 +82,7 @@ class Seq2Seq:
             inputs = settings.inputs_length
             targets = span_corruption.lengths(inputs, settings.noise_density, settings.mean_span)[1]
         else:
-            # Without a context the encoder sees a single end-of-sequence byte.
-            inputs, targets = max(settings.context, 1), settings.targets_length
+            inputs, targets = settings.context, settings.targets_length
         return cls(build_t5(config.model, dtype=config.dtype), Deletion(**section), inputs, targets)
 
     @property

@@ -60,7 +60,7 @@ def test_bytes_that_are_no_text_are_data(tmp_path):
     content = bytes(range(256)) * 10
     (tmp_path / "binary").write_bytes(content)
     data = text.from_files(str(tmp_path / "binary"), split="train", valid_fraction=0.01)
-    source = text.TextSource(data, NextByte(0, 256))
+    source = text.TextSource(data, NextByte(1, 256))
     batch = source.batch(np.array([0]), np.zeros((1, 3), np.int64), augment=False)
     assert byte_vocab.decode(batch["labels"][0]) == bytes(range(256))
 
@@ -103,7 +103,7 @@ def test_other_bad_input_is_refused(books):
         _read(books / "**" / "*.txt")
 
 
-@pytest.mark.parametrize("content", [b"plain text", gzip.compress(b"x" * 5000)[:20]])
+@pytest.mark.parametrize("content", [b"plain text", gzip.compress(b"x" * 5000)[:20]], ids=["no_gzip", "cut"])
 def test_damaged_gz_is_named(tmp_path, content):
     (tmp_path / "bad.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.gz cannot be unpacked"):
@@ -200,16 +200,16 @@ def _entropy(count, seed=0):
 
 def test_windows_lie_side_by_side():
     data = np.random.default_rng(0).integers(0, 256, 103, dtype=np.uint8)
-    source = text.TextSource(data, NextByte(4, 6))
+    source = text.TextSource(data, NextByte(5, 6))
     assert len(source) == 10
     batch = source.batch(np.arange(10), _entropy(10), augment=False)
-    rows = np.concatenate([batch["input_ids"], batch["labels"]], axis=1)
+    rows = np.concatenate([batch["input_ids"][:, :-1], batch["labels"]], axis=1)
     np.testing.assert_array_equal(rows.reshape(-1), data[:100].astype(np.int32) + 3)
 
 
 def test_training_windows_are_shifted_pieces_of_the_text():
     data = np.arange(200, dtype=np.uint8)  # a window shows where it was cut
-    source = text.TextSource(data, NextByte(0, 10))
+    source = text.TextSource(data, NextByte(1, 10))
     indices = np.tile(np.arange(20), 200)
     labels = source.batch(indices, _entropy(4000), augment=True)["labels"]
     starts = labels[:, 0] - 3
@@ -234,8 +234,8 @@ def test_examples_depend_on_their_own_entropy_alone():
 
 def test_too_short_a_text_is_refused():
     with pytest.raises(ValueError, match="9 bytes but one example needs 10"):
-        text.TextSource(np.zeros(9, np.uint8), NextByte(4, 6))
-    assert len(text.TextSource(np.zeros(10, np.uint8), NextByte(4, 6))) == 1
+        text.TextSource(np.zeros(9, np.uint8), NextByte(5, 6))
+    assert len(text.TextSource(np.zeros(10, np.uint8), NextByte(5, 6))) == 1
 
 
 def test_books_in_many_languages(shared_data):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte-level continuation with a small T5: the encoder reads 48 bytes, the decoder predicts the next four.
+"""Byte-level continuation with a small T5: the encoder reads 47 bytes and eos, the decoder predicts the next 16.
 
     python -m experiments.train --config=configs/mrt5/continuation.py:gate=mrt5,rate=0.5 --workdir=runs/mrt5
     python -m experiments.train --config=configs/mrt5/continuation.py:gate=random_deletion,rate=0.5 --workdir=runs/random
@@ -7,8 +7,9 @@
 
 The text is the running Python's own standard library unless `path` names text files. `gate` is a registered deletion method,
 or empty for the dense model; `rate` is the share of bytes to delete. Nothing in the paper has this form: it is what a model of
-half a million parameters learns from its encoder within two minutes on two CPU cores, where span corruption takes far longer.
-Dense, 1,000 steps give about 3 bits per byte. The gains of the controller suit hundreds of steps, not thousands.
+a third of a million parameters learns from its encoder within minutes on two CPU cores, where span corruption takes far
+longer. Dense, 2,000 steps give 2.1 bits per byte, and 3.2 when the encoder reads another text. The gains of the controller
+suit hundreds of steps, not thousands.
 """
 
 from ml_collections import ConfigDict
@@ -24,9 +25,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.task = "seq2seq"
     config.model = ConfigDict(
         dict(
-            width=96,
-            mlp_dim=256,
-            heads=3,
+            width=64,
+            mlp_dim=192,
+            heads=2,
             head_dim=32,
             encoder_layers=4,
             decoder_layers=1,
@@ -40,8 +41,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
     config.data = resolve(dict(source="text", objective="next_byte", context=48, targets_length=16, **text))
-    config.steps = 1_000
-    config.batch_size = 32
+    config.steps = 2_000
+    config.batch_size = 64
     config.optimizer.name = "adafactor"
     config.optimizer.peak = 0.03
     config.optimizer.warmup = 100

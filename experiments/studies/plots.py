@@ -67,6 +67,27 @@ def trade_off(
     return figure
 
 
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    levels: Sequence[float] = (),
+) -> Figure:
+    """One line for each name in `lines`, given as `(xs, ys)`, over dashed horizontal `levels`."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for level in levels:
+        axis.axhline(level, color="0.5", linestyle="--", linewidth=1)
+    for name, (xs, ys) in lines.items():
+        axis.plot(xs, ys, linewidth=1, label=name)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, ncols=2)
+    return figure
+
+
 def merged_patches(
     images: np.ndarray, origins: Sequence[np.ndarray], grid: tuple[int, int], titles: Sequence[str], *, skip: int
 ) -> Figure:

@@ -70,11 +70,17 @@ def cells(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> list[
 
 
 def write(
-    directory: epath.Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]
+    directory: epath.Path,
+    name: str,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[Column],
+    *,
+    receipts: Sequence[Column] = RECEIPTS,
 ) -> None:
     """Writes `name.md`, `name.tex`, `name.csv` (with receipts) and `name_summary.md` (without) to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    full = (*columns, *RECEIPTS)
+    full = (*columns, *receipts)
     seeds = max(len(group) for group in grouped(rows))
     note = f"{title} {'One seed (n = 1).' if seeds == 1 else f'Mean ± standard deviation over n = {seeds} seeds.'}"
     body, heads = cells(rows, full), [column.head for column in full]

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every part of the study trains and evaluates: a dense model first, then each method goes on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from experiments import data, tasks, train
+from experiments.evaluate import assess
+from experiments.rundir import apply_overrides
+from experiments.studies.study import Context
+from experiments.train import TrainResult
+
+# Larger batches than in training: a small model's time is otherwise that of starting operations.
+EVALUATION_BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """One setting of a table; its rows differ in the seed only.
+
+    Attributes:
+      method: as the tables name it.
+      rate: target share of bytes deleted, or None.
+      arg: argument of the config file.
+      overrides: of the config, by dotted key.
+      start: name of the dense setup whose parameters it goes on from; "" starts from random ones.
+    """
+
+    method: str
+    rate: float | None = None
+    arg: str = ""
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start: str = "base"
+
+    @property
+    def name(self) -> str:
+        """Of its group of rows, and of its runs."""
+        return self.method if self.rate is None else f"{self.method}-{self.rate:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Trains and evaluates setups of one part of the study.
+
+    Attributes:
+      context: of the study; part: folder of the runs.
+      config: file under `configs/`.
+      bases: the dense setups by name; `base`, `tune`: overrides for their training, and for all other training.
+    """
+
+    context: Context
+    part: str
+    config: str
+    bases: Mapping[str, Setup]
+    base: Mapping[str, Any]
+    tune: Mapping[str, Any]
+
+    def fit(self, setup: Setup, seed: int) -> tuple[str, ConfigDict, TrainResult]:
+        """`(run, config, result)` of a setup trained from its dense model; a finished run is only read."""
+        config = self._config(setup, {**self.tune, **setup.overrides, "seed": seed})
+        params = graft(config, self._base(setup.start).state.params) if setup.start else None
+        run = f"{self.part}/{setup.name}-seed{seed}"
+        return run, config, self.context.train(run, config, params=params)
+
+    def row(self, setup: Setup, seed: int, **more: Any) -> dict[str, Any]:
+        """The row of a setup on the test split: every scalar that the evaluation found, by its name."""
+        run, config, result = self.fit(setup, seed)
+        self.context.say(f"evaluating {run}")
+        build = functools.partial(self._evaluate, setup, run, config, result, more)
+        return self.context.rows.make(run, config, build)
+
+    def _base(self, name: str) -> TrainResult:
+        setup = self.bases[name]
+        # One dense model for all seeds, as the paper has one ByT5.
+        config = self._config(setup, {**self.base, **setup.overrides, "seed": 0})
+        return self.context.train(f"{self.part}/{setup.name}", config)
+
+    def _config(self, setup: Setup, overrides: Mapping[str, Any]) -> ConfigDict:
+        return apply_overrides(self.context.config(self.config, setup.arg), dict(overrides))
+
+    def _evaluate(
+        self, setup: Setup, run: str, config: ConfigDict, result: TrainResult, more: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        task, settings = tasks.build(config), self.context.settings
+        dataset = data.build(config.data, split="test", batch_size=EVALUATION_BATCH, seed=config.seed)
+        program = train.build_program(config, task, dataset.spec)
+        sizes = dict(batches=settings["batches"], repeats=settings["repeats"])
+        found = assess(program, task, result.state.params, result.state.extra, dataset, **sizes)
+        dense = task.dense() == task
+        return {
+            **found,
+            "group": f"{self.part}/{setup.name}",
+            "method": setup.method,
+            "rate": setup.rate,
+            # The dense row is compared with itself, which only measures noise.
+            "realised": 1.0 if dense else found["realised"],
+            "milliseconds_per_example": found["milliseconds"]["dense" if dense else "adaptive"] / EVALUATION_BATCH,
+            "command": self.context.evaluate_command(run, "test", {"batch_size": EVALUATION_BATCH}),
+            **more,
+        }
+
+    def trace(self, setup: Setup, seed: int, metric: str) -> tuple[list[int], list[float]]:
+        """`(steps, values)` of a training metric that a run wrote."""
+        path = self.context.runs / self.part / f"{setup.name}-seed{seed}" / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        points = [(row["step"], row[f"train/{metric}"]) for row in rows if f"train/{metric}" in row]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def graft(config: ConfigDict, trained: Any) -> Any:
+    """Fresh parameters of the config's model, with those of a trained one wherever it has them.
+
+    Raises:
+      ValueError: a parameter of the same name has another shape.
+    """
+    task = tasks.build(config)
+    dataset = data.build(config.data, split="train", batch_size=config.batch_size, seed=config.seed)
+    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dataset.spec)
+    fresh = flatten_dict(meta.unbox(jax.jit(task.init)(jax.random.key(config.seed), batch))["params"])
+    given = flatten_dict(trained)
+    for path in fresh.keys() & given.keys():
+        if fresh[path].shape != given[path].shape:
+            raise ValueError(
+                f"parameter {'/'.join(path)} is {given[path].shape} in the trained model, {fresh[path].shape} here"
+            )
+    return unflatten_dict({path: given.get(path, value) for path, value in fresh.items()})

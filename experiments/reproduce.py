@@ -4,9 +4,13 @@
     python -m experiments.reproduce
     python -m experiments.reproduce --only=tome
     python -m experiments.reproduce --suite=quick --only=tome,mrt5
+    python -m experiments.reproduce --suite=quick --only=mrt5 --data text=FOLDER
 
 `headline` takes at most 10 minutes on two CPU cores; `quick` up to 20 minutes a study, with three seeds; `full` is for an
 accelerator. Starting the same command again continues: runs resume from their checkpoints, rows that exist are kept.
+
+`--data NAME=FOLDER` gives a study data that are not embedded; without them its tables say "not run".
+  text     files LANG_*.txt.gz with text in several languages (mrt5)
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import sys
 import time
 
+import jax
 from etils import epath
 
 from experiments.studies import STUDIES
@@ -23,6 +28,7 @@ from experiments.studies.study import Context
 from experiments.train import Interrupted, quiet_logs
 
 SUITES = ("headline", "quick", "full")
+DATA = ("text",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,12 +42,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help=f"studies, comma separated: {', '.join(STUDIES)} (default: all)")
     parser.add_argument("--results", default="results", help="where tables and plots go (default %(default)s)")
     parser.add_argument("--runs", default="runs", help="where training runs go (default %(default)s)")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="NAME=FOLDER", help="a data set that is not embedded; see above"
+    )
     parser.add_argument("--readme", default="", help="also renew the result tables between the markers of this file")
     options = parser.parse_args(argv)
     names = [name for name in options.only.split(",") if name] or list(STUDIES)
     if unknown := sorted(set(names) - set(STUDIES)):
         parser.error(f"no study is named {', '.join(unknown)}; there are {', '.join(STUDIES)}")
+    folders = dict(item.partition("=")[::2] for item in options.data)
+    if unknown := sorted(name for name, folder in folders.items() if name not in DATA or not folder):
+        parser.error(f"--data takes NAME=FOLDER with NAME one of {', '.join(DATA)}; got {', '.join(unknown)}")
     quiet_logs()
+    # Runs of a study differ in seeds and rates, not in their programs, and most of a short run's time is compilation.
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(options.runs) / "compiled"))
     started = time.time()
 
     def say(text: str) -> None:
@@ -53,12 +67,13 @@ def main(argv: list[str] | None = None) -> int:
         results, runs = (epath.Path(root).joinpath(*place) for root in (options.results, options.runs))
         say(f"study {index} of {len(names)}: {name} ({options.suite})")
         try:
-            study.run(Context(name, options.suite, study.SUITES[options.suite], results, runs, say))
+            study.run(Context(name, options.suite, study.SUITES[options.suite], results, runs, say, folders))
         except Interrupted as reason:
             print(f"{reason}\nThe same command continues: python -m experiments.reproduce ...", file=sys.stderr)
             return reason.exit_code
         say(f"{name} is in {results}")
-        print((results / "table_summary.md").read_text())
+        for table in sorted(results.glob("*_summary.md")):
+            print(table.read_text())
     if options.readme:
         update(epath.Path(options.readme), epath.Path(options.results))
     return 0

@@ -36,7 +36,9 @@ class NextByte:
 
     def __post_init__(self) -> None:
         if self.context < 1:
-            raise ValueError(f"context={self.context} must be at least 1 (1 is the eos alone, for a decoder-only model)")
+            raise ValueError(
+                f"context={self.context} must be at least 1 (1 is the eos alone, for a decoder-only model)"
+            )
         if self.targets_length < 1:
             raise ValueError(f"targets_length={self.targets_length} must be at least 1 byte")
 

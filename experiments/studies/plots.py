@@ -88,6 +88,22 @@ def curves(
     return figure
 
 
+def bars(groups: Mapping[str, Mapping[str, float]], y_label: str) -> Figure:
+    """One group of bars for each name in `groups`, one bar in it for each method."""
+    methods = list(next(iter(groups.values())))
+    width = 0.8 / len(methods)
+    figure = Figure(figsize=(max(4.6, 0.6 * len(groups)), 3.6), layout="constrained")
+    axis = figure.subplots()
+    for index, method in enumerate(methods):
+        places = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
+        axis.bar(places, [group[method] for group in groups.values()], width, label=method)
+    axis.set_xticks(np.arange(len(groups)), list(groups))
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(fontsize=8)
+    return figure
+
+
 def merged_patches(
     images: np.ndarray, origins: Sequence[np.ndarray], grid: tuple[int, int], titles: Sequence[str], *, skip: int
 ) -> Figure:

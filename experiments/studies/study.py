@@ -81,6 +81,7 @@ class Context:
       settings: of the suite, from the study's `SUITES`.
       results: directory of this study's tables, plots and rows; runs: directory of its training runs.
       say: prints a line of progress.
+      data: folders of data sets that are not embedded, by name.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Context:
     results: epath.Path
     runs: epath.Path
     say: Callable[[str], None]
+    data: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> Rows:

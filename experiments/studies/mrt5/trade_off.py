@@ -75,17 +75,18 @@ def setups(settings: Mapping[str, Any]) -> list[Setup]:
     dense = [Setup("dense", arg="gate=no_deletion", overrides=UNUSED)]
     if not settings.get("neighbours"):
         return [*dense, *deletion_setups(DELETIONS, settings["rates"])]
-    chunkers = [
-        Setup(method, rate, f"chunker={chunker}", overrides)
-        for method, rate, chunker, overrides in settings["neighbours"]
-    ]
+    standard = BASES["base_softmax"].overrides
+    floor = {**UNUSED, **settings["floor"]}
     return [
         *dense,
-        Setup("dense, standard softmax", arg="gate=no_deletion", overrides=BASES["base_softmax"].overrides, start="base_softmax"),
-        Setup("decoder only", arg="gate=no_deletion", overrides={**UNUSED, **settings["floor"]}, start=""),
+        Setup("dense, standard softmax", arg="gate=no_deletion", overrides=standard, start="base_softmax"),
+        Setup("decoder only", arg="gate=no_deletion", overrides=floor, start=""),
         *deletion_setups(DELETIONS, settings["rates"]),
-        *chunkers,
-    ]  # fmt: skip
+        *(
+            Setup(method, rate, f"chunker={chunker}", overrides)
+            for method, rate, chunker, overrides in settings["neighbours"]
+        ),
+    ]
 
 
 def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
@@ -130,7 +131,9 @@ def equal_length(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _at_length(rows: Iterable[Mapping[str, Any]], method: str, row: Mapping[str, Any]) -> float:
-    curve = [(r["kept"], r["bits_per_byte"]) for r in rows if r["method"] in (method, "dense") and r["seed"] == row["seed"]]
+    curve = [
+        (r["kept"], r["bits_per_byte"]) for r in rows if r["method"] in (method, "dense") and r["seed"] == row["seed"]
+    ]
     lengths, bits = zip(*sorted(curve), strict=True)
     return float(np.interp(row["kept"], lengths, bits))
 

@@ -13,6 +13,8 @@ from experiments.studies.study import Context
 SMALL = {"batch_size": 8, "eval.every": 2, "checkpoint.every": 2, "optimizer.warmup": 1, "data.threads": 0}
 VIT = {"model.width": 32, "model.depth": 2, "model.heads": 2, "model.mlp_dim": 64, "data.examples": 64}
 T5 = {"model.width": 32, "model.mlp_dim": 64, "model.heads": 2, "model.head_dim": 16, "model.rungs": (24, 48)}
+T5 |= {"model.encoder_layers": 2, "model.gate_layer": 1}
+SMALL_T5 = {"eval.batches": 1, **SMALL, **T5}
 SETTINGS = {
     "tome": dict(
         seeds=(0,),
@@ -22,13 +24,23 @@ SETTINGS = {
         repeats=1,
     ),
     "mrt5": dict(
-        config="mrt5/continuation.py",
         seeds=(0,),
-        base={"steps": 2, "eval.batches": 1, **SMALL, **T5},
-        tune={"steps": 2, "eval.batches": 1, **SMALL, **T5},
-        rates=(0.5,),
         batches=1,
         repeats=1,
+        trade_off=dict(
+            config="mrt5/continuation.py",
+            base={"steps": 2, **SMALL_T5},
+            tune={"steps": 4, "log_every": 1, **SMALL_T5},
+            rates=(0.5,),
+            shown=1,
+        ),
+        placement=dict(
+            config="mrt5/continuation.py",
+            base={"steps": 2, **SMALL_T5},
+            tune={"steps": 4, "log_every": 1, **SMALL_T5},
+            rate=0.5,
+            layers=(2,),
+        ),
     ),
 }
 PICTURES = {"tome": "patches", "mrt5": "bytes"}
@@ -37,7 +49,8 @@ PICTURES = {"tome": "patches", "mrt5": "bytes"}
 @pytest.mark.parametrize("name", ["tome", "mrt5"])
 def test_a_study_makes_tables_plots_and_pictures_and_continues(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tome, "METHODS", ("tome", "random"))
-    monkeypatch.setattr(mrt5, "METHODS", ("mrt5",))
+    for part in (mrt5.trade_off, mrt5.deletions):
+        monkeypatch.setattr(part, "DELETIONS", ("mrt5", "random_deletion"))
     said = []
     results = epath.Path(tmp_path) / "results"
     context = Context(name, "test", SETTINGS[name], results, epath.Path(tmp_path) / "runs", said.append)
@@ -47,7 +60,7 @@ def test_a_study_makes_tables_plots_and_pictures_and_continues(name, tmp_path, m
     assert (results / f"{PICTURES[name]}.png").exists()
     first = (results / "rows.jsonl").read_text()
     rows = [json.loads(line) for line in first.splitlines()]
-    assert len(rows) == {"tome": 5, "mrt5": 2}[name]
+    assert len(rows) == {"tome": 5, "mrt5": 4}[name]
     for row in rows:
         assert row["command"].startswith("python -m experiments.evaluate --workdir=")
         assert {"config_hash", "seed", "device", "versions", "revision", "implied", "realised"} <= set(row)
@@ -65,4 +78,4 @@ def test_an_unknown_study_is_named(capsys):
 @pytest.mark.parametrize("suite", reproduce.SUITES)
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_every_suite(name, suite):
-    assert STUDIES[name].SUITES[suite]["rates"] and STUDIES[name].SUITES[suite]["seeds"]
+    assert STUDIES[name].SUITES[suite]["seeds"]

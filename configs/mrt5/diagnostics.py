@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
     )
     config.data = resolve(dict(source="diagnostic", diagnostic=given.task, length=32, valid_examples=2_000))
-    config.steps = 2_000
+    config.steps = 1_000
     config.batch_size = 64
     # T5's own optimiser: its unscaled attention logits learn slowly with Adam's equal steps.
     config.optimizer.name = "adafactor"

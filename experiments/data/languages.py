@@ -127,7 +127,9 @@ class LanguageSource:
           ValueError: a language has less text than one window, or `examples` is negative.
         """
         if examples < 0:
-            raise ValueError(f"eval_examples={examples} must be positive, or 0 for as many as the smallest language has")
+            raise ValueError(
+                f"eval_examples={examples} must be positive, or 0 for as many as the smallest language has"
+            )
         self._window = objective.window
         for language, data in texts.items():
             if data.size < self._window:

@@ -157,7 +157,9 @@ class Xnli(_PairSource):
     def _pair(self, record: Mapping[str, Any], number: int) -> tuple[bytes, bytes, int]:
         label = int(record["label"])
         if not 0 <= label < _CLASSES:
-            raise ValueError(f"label {label} of an inference pair is not in 0..{_CLASSES - 1}; leave unlabelled splits out")
+            raise ValueError(
+                f"label {label} of an inference pair is not in 0..{_CLASSES - 1}; leave unlabelled splits out"
+            )
         premise, hypothesis = record["premise"], record["hypothesis"]
         if not self._plain:
             language = self._languages[number]

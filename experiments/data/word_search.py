@@ -78,7 +78,7 @@ class WordSearch:
         known = frozenset(self._known)
         self._occurrences = collections.defaultdict(list)
         for place, word in enumerate(corpus.words):
-            if word in known or not train and self._fits(word):
+            if word in known or (not train and self._fits(word)):
                 self._occurrences[word].append(place)
         self._words = sorted(self._occurrences)
         self._is_known = known.__contains__

@@ -19,7 +19,14 @@ import numpy as np
 _ERRORS = "surrogateescape"
 _ESCAPED = (0xDC80, 0xDD00)  # code points that stand for one undecodable byte each
 # Thai and Lao, Myanmar, Khmer, kana, ideographs.
-_SPACELESS = ((0xE00, 0xF00), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3040, 0x3100), (0x3400, 0xA000), (0x20000, 0x32000))
+_SPACELESS = (
+    (0xE00, 0xF00),
+    (0x1000, 0x10A0),
+    (0x1780, 0x1800),
+    (0x3040, 0x3100),
+    (0x3400, 0xA000),
+    (0x20000, 0x32000),
+)
 _PIECE = 2  # characters of a word in those scripts
 _RARE = 1  # words that occur no oftener may be errors of the text itself
 

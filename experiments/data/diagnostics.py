@@ -3,7 +3,7 @@
 
 Letters: B batch, N ids of a row with prefix and eos, S random letters (N - 2). Rows begin with "#" and end with eos.
 
-Source: Kallini et al. 2025 (MrT5), section 4; the details are those of the authors' data script.
+Source: Kallini et al. 2025 (MrT5); the details are those of the authors' data script.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text in several languages, from files whose names begin with the language: `LANG_name.txt` or `LANG_name.txt.gz`.
 
+A language is two or three small letters, with subtags where wanted, as in `de` or `zh-Latn`.
 Windows never cross languages. Training draws the language of each example uniformly; evaluation gives each language as
 many windows, spread evenly over its text. Nothing is decoded: bytes that are no valid text are data like any other.
 Letters: B batch, G languages.
@@ -18,8 +19,8 @@ from etils import epath
 from experiments.data import byte_vocab, text
 from experiments.data.splits import check_fraction, check_split
 
-# "en_books.train.txt.gz": language, and the split where the name has one.
-_NAME = re.compile(r"(?P<language>[^_.]+)_.*?(\.(?P<split>train|valid|test))?\.txt(\.gz)?")
+# "en_books.train.txt.gz", "zh-Latn_web.txt": language, and the split where the name has one.
+_NAME = re.compile(r"(?P<language>[a-z]{2,3}(-[A-Za-z0-9]+)*)_.*?(\.(?P<split>train|valid|test))?\.txt(\.gz)?")
 
 Files = dict[str, list[epath.Path]]
 

@@ -3,7 +3,7 @@
 
 Letters: B batch, N ids of the encoder, T ids of the decoder. Texts are bytes throughout and are never decoded.
 
-Source: Kallini et al. 2025 (MrT5), section 6; strings and lengths are those of the authors' data collator.
+Source: Kallini et al. 2025 (MrT5); strings and lengths are those of the authors' data collator.
 """
 
 from __future__ import annotations

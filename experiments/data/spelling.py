@@ -3,7 +3,7 @@
 
 Letters: B batch, N ids of the encoder, T ids of the decoder.
 
-Source: Kallini et al. 2025 (MrT5), table 4, on the data of Huang et al. 2023 ("the actuall name" -> "the actual name");
+Source: Kallini et al. 2025 (MrT5), on the data of Huang et al. 2023 ("the actuall name" -> "the actual name");
 the lengths are those of the authors' scripts.
 Differs: a reconstruction. The published pairs are not used; errors are drawn here, one character at a time, and so work
 in every script. An error counts as context-dependent when what it makes is a word of the vocabulary.

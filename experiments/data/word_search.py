@@ -3,7 +3,7 @@
 
 Letters: B batch, N ids of the encoder, T ids of the decoder.
 
-Source: Kallini et al. 2025 (MrT5), table 4, on the data of Huang et al. 2023, whose inputs have the form "clue: letters"
+Source: Kallini et al. 2025 (MrT5), on the data of Huang et al. 2023, whose inputs have the form "clue: letters"
 with words written forwards or backwards; the lengths are those of the authors' scripts.
 Differs: a reconstruction. Definitions and paraphrases are not at hand, so the clue is the words that stand around the
 hidden word in the text; there are no paraphrase kinds, and which words are held out is decided by a hash.

@@ -33,7 +33,8 @@ def _read(folder, language, split, **kwargs):
     return languages.read_language(files, split=split, **kwargs).tobytes()
 
 
-def test_languages_are_found_by_name(folder):
+def test_languages_are_found_by_name(folder, tmp_path):
+    (tmp_path / "notes_on_this.txt").write_text("no language")
     found = languages.find_languages(folder)
     assert {name: [file.name for file in files] for name, files in found.items()} == {
         "de": ["de_ud.train.txt.gz", "de_ud.valid.txt.gz"],
@@ -43,6 +44,8 @@ def test_languages_are_found_by_name(folder):
     }
     assert len(languages.find_languages(folder, include="*_ud.*")["en"]) == 2
     assert list(languages.find_languages(f"{folder}/[dz]*")) == ["de", "zh"]
+    (tmp_path / "zh-Latn_x.txt").write_text("han yu")
+    assert list(languages.find_languages(folder, include="*_x.*")) == ["zh-Latn"]
 
 
 def test_named_files_are_the_splits_and_validation_is_halved(folder):

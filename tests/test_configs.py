@@ -5,12 +5,15 @@ import json
 import os
 import pathlib
 
+import jax
 import pytest
+from flax.core import meta
 from ml_collections import ConfigDict
 
 from experiments import config as config_lib
-from experiments import train
+from experiments import data, tasks, train
 from experiments.rundir import plain
+from tests.experiments import tiny_data
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "configs"
@@ -29,16 +32,52 @@ def test_the_resolved_config_is_the_golden_one(name):
     assert plain(load(name)) == want
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_it_runs_two_steps_at_runlocal_size(name, tmp_path):
-    config = load(name, "runlocal")
-    if config.data.source == "tfds_images":
+def with_data(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
+    """The config with data in place of those that nobody can be expected to have; skips the test where that cannot be."""
+    section = config.data
+    if section.source == "tfds_images":
         if not (DATA / "tfds").exists():
             pytest.skip("needs the CIFAR-10 folder: set ADAPTIVE_DATA_DIR to a folder that holds tfds/cifar10")
-        config.data.data_dir = str(DATA / "tfds")
+        section.data_dir = str(DATA / "tfds")
+    if section.source == "pairs":
+        section.data_dir = tiny_data.write_pairs(folder)
+        section.name = {"xnli": "tiny_xnli", "tydi_qa": "tiny_tydi"}[section.pairs]
+        section.eval_languages = {"xnli": tiny_data.NLI_LANGUAGES, "tydi_qa": ("ar", "en", "ko")}[section.pairs]
+        if section.pairs == "xnli":
+            section.train_name = "tiny_multi_nli"
+    if section.get("text") == "languages":
+        section.path = tiny_data.write_languages(folder)
+    return config
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_runs_two_steps_at_runlocal_size(name, tmp_path):
+    (tmp_path / "data").mkdir()
+    config = with_data(load(name, "runlocal"), tmp_path / "data")
     result = train.train(config, tmp_path / "run", progress=False)
     assert result.step == 2
     assert all(value == value for key, value in result.metrics.items() if key.startswith("eval/"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "metric"),
+    [
+        ("configs/mrt5/diagnostics.py", "task=sequence_merge,gate=mrt5,full", "sequence_accuracy"),
+        ("configs/mrt5/characters.py", "task=word_search,gate=mrt5", "kept/oov_overlap"),
+        ("configs/mrt5/languages.py", "objective=next_byte,gate=random_deletion,include=*_ud.*", "bits_per_byte/zh"),
+        ("configs/mrt5/xnli.py", "gate=mrt5", "token_accuracy/ur"),
+        ("configs/mrt5/tydiqa.py", "gate=fixed_deletion", "cross_entropy/ko"),
+    ],
+)
+def test_full_sizes_can_be_evaluated(name, arg, metric, tmp_path):
+    """Shapes of ladder, lengths and layers agree; traced, not run."""
+    config = with_data(load(name, arg), tmp_path)
+    task = tasks.build(config)
+    batch = next(data.build(config.data, split="valid", batch_size=2, seed=0).eval_batches(1))
+    params = jax.eval_shape(lambda: meta.unbox(task.init(jax.random.key(0), batch)["params"]))
+    found = jax.eval_shape(lambda p: task.eval_step(p, batch, extra={}), params)
+    assert metric in found and batch["input_ids"].shape == (2, task.inputs_length)
+    assert batch["labels"].shape == (2, task.targets_length)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -74,3 +74,31 @@ def shift_right(labels: np.ndarray) -> np.ndarray:
     shifted = np.zeros_like(labels)
     shifted[..., 1:] = labels[..., :-1]
     return shifted
+
+
+def pack_pairs(
+    inputs: Sequence[bytes], targets: Sequence[bytes], *, inputs_length: int, targets_length: int
+) -> dict[str, np.ndarray]:
+    """Returns the encoder-decoder batch of B pairs of strings, each closed by eos and padded with 0.
+
+    `input_ids [B, N]`, `decoder_input_ids [B, T]` (labels shifted right, start id 0) and `labels [B, T]`, all int32.
+
+    Raises:
+      ValueError: a string has no room for its eos within its length.
+    """
+    labels = _rows(targets, targets_length, "target")
+    return {
+        "input_ids": _rows(inputs, inputs_length, "input"),
+        "decoder_input_ids": shift_right(labels),
+        "labels": labels,
+    }
+
+
+def _rows(strings: Sequence[bytes], length: int, what: str) -> np.ndarray:
+    sizes = np.array([len(string) for string in strings], np.int64)
+    if sizes.max(initial=0) >= length:
+        raise ValueError(f"{what} of {sizes.max()} bytes and its eos do not fit into {length} ids")
+    rows = np.zeros((len(strings), length), np.int32)
+    rows[np.arange(length) < sizes[:, None]] = encode(b"".join(strings))
+    rows[np.arange(len(strings)), sizes] = EOS
+    return rows

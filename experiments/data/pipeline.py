@@ -22,7 +22,21 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.data import digits, images, next_byte, schema, span_corruption, text
+from experiments.data import (
+    diagnostics,
+    digits,
+    grouping,
+    images,
+    languages,
+    next_byte,
+    pairs,
+    schema,
+    span_corruption,
+    spelling,
+    text,
+    word_search,
+    words,
+)
 from experiments.data.splits import check_split
 
 Batch = dict[str, np.ndarray]
@@ -32,7 +46,11 @@ _ORDER, _TRAIN, _EVAL = 0, 1, 2
 
 
 class Source(Protocol):
-    """A split of a data set with random access."""
+    """A split of a data set with random access.
+
+    A source may have `together`: so many examples, from each multiple of it on, stay neighbours in evaluation (one of
+    each language), so that a sample of the first batches is balanced.
+    """
 
     def __len__(self) -> int: ...
 
@@ -156,7 +174,9 @@ class Dataset:
 
     @functools.cached_property
     def _eval_order(self) -> np.ndarray:
-        return np.random.default_rng((self.data_seed, _ORDER)).permutation(self.examples)
+        together = getattr(self.source, "together", 1)
+        rounds = np.random.default_rng((self.data_seed, _ORDER)).permutation(self.examples // together)
+        return (rounds[:, None] * together + np.arange(together)).reshape(-1)
 
     def _eval_batch(self, number: int) -> Batch:
         first = number * self.batch_size + self.process_index
@@ -214,10 +234,17 @@ def _image_folder(config: ml_collections.ConfigDict, split: str) -> Source:
 def _text(config: ml_collections.ConfigDict, split: str) -> Source:
     kind = {"span_corruption": span_corruption.SpanCorruption, "next_byte": next_byte.NextByte}[config.objective]
     objective = kind(**_subset(config, kind))
+    if config.text == "languages":
+        return _languages(config, split, objective)
+    return text.TextSource(_read_text(config, split), objective)
+
+
+def _read_text(config: ml_collections.ConfigDict, split: str) -> np.ndarray:
+    """Returns the bytes of a split of a text in one piece."""
     if config.text == "stdlib":
-        data = text.from_stdlib(split=split, valid_fraction=config.valid_fraction, max_bytes=config.max_bytes)
-    elif config.text == "files":
-        data = text.from_files(
+        return text.from_stdlib(split=split, valid_fraction=config.valid_fraction, max_bytes=config.max_bytes)
+    if config.text == "files":
+        return text.from_files(
             config.path,
             split=split,
             valid_path=config.valid_path,
@@ -226,15 +253,50 @@ def _text(config: ml_collections.ConfigDict, split: str) -> Source:
             valid_fraction=config.valid_fraction,
             max_bytes=config.max_bytes,
         )
-    else:
-        data = text.from_tfds(
-            config.name,
-            data_dir=config.data_dir,
-            split=config[f"{split}_split"],
-            field=config.field,
-            max_bytes=config.max_bytes,
-        )
-    return text.TextSource(data, objective)
+    return text.from_tfds(
+        config.name,
+        data_dir=config.data_dir,
+        split=config[f"{split}_split"],
+        field=config.field,
+        max_bytes=config.max_bytes,
+    )
+
+
+def _languages(config: ml_collections.ConfigDict, split: str, objective: text.Objective) -> Source:
+    chosen = grouping.choose_languages(config)
+    options = dict(split=split, valid_fraction=config.valid_fraction, max_bytes=config.max_bytes)
+    wanted = chosen.train if split == "train" else chosen.evaluation
+    texts = {language: languages.read_language(chosen.files[language], **options) for language in wanted}
+    examples = 0 if split == "train" else config.eval_examples
+    return languages.LanguageSource(texts, objective, names=chosen.names, examples=examples)
+
+
+def _diagnostic(config: ml_collections.ConfigDict, split: str) -> Source:
+    examples = config.examples if split == "train" else config.valid_examples
+    return diagnostics.Diagnostic(config.diagnostic, split, examples, length=config.length, seed=config.seed)
+
+
+def _characters(config: ml_collections.ConfigDict, split: str) -> Source:
+    train = words.Corpus.from_bytes(_read_text(config, "train"))
+    corpus = train if split == "train" else words.Corpus.from_bytes(_read_text(config, split))
+    vocabulary = words.Vocabulary(train, config.vocabulary)
+    if config.characters == "spelling_correction":
+        kind = spelling.SpellingOptions
+        return spelling.SpellingCorrection(corpus, vocabulary, kind(**_subset(config, kind)))
+    kind = word_search.SearchOptions
+    return word_search.WordSearch(corpus, vocabulary, kind(**_subset(config, kind)), train=split == "train")
+
+
+def _pairs(config: ml_collections.ConfigDict, split: str) -> Source:
+    kind = {"xnli": pairs.Xnli, "tydi_qa": pairs.TydiQa}[config.pairs]
+    return kind(
+        (config.get("train_name") if split == "train" else "") or config.name,
+        data_dir=config.data_dir,
+        split=config[f"{split}_split"],
+        languages=config.languages if split == "train" else config.eval_languages,
+        key="languages" if split == "train" else "eval_languages",
+        options=pairs.PairOptions(**_subset(config, pairs.PairOptions)),
+    )
 
 
 _BUILDERS = {
@@ -243,6 +305,9 @@ _BUILDERS = {
     "tfds_images": _tfds_images,
     "image_folder": _image_folder,
     "text": _text,
+    "diagnostic": _diagnostic,
+    "characters": _characters,
+    "pairs": _pairs,
 }
 
 
@@ -258,9 +323,10 @@ def build(
     """Builds one split of the data set that `config.data` describes; keys that are not given take their defaults.
 
     Batches by source (float32 unless said): `digits`, `image_folder` and `tfds_images` give `image [B, H, W, C]` and
-    `label [B]` int32, `moving_digits` gives `video [B, T, H, W, C]`; digits also `difficulty [B]`. `text` gives
-    `input_ids [B, N]`, `decoder_input_ids [B, T]` and `labels [B, T]`, all int32: attend where `input_ids != 0`, count
-    losses where `labels != 0`.
+    `label [B]` int32, `moving_digits` gives `video [B, T, H, W, C]`; digits also `difficulty [B]`. The others, of text,
+    give `input_ids [B, N]`, `decoder_input_ids [B, T]` and `labels [B, T]`, all int32: attend where `input_ids != 0`,
+    count losses where `labels != 0`. Several languages give `language [B]` int32, `characters` gives `kind [B]` int32;
+    `grouping.groups` names their values.
 
     Args:
       data_config: see `schema.resolve`.

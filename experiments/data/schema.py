@@ -9,6 +9,8 @@ from typing import Any
 
 import ml_collections
 
+from experiments.data import span_corruption
+
 _COMMON = {
     "source": "",
     "seed": 0,  # of the data set itself and of what evaluation draws; the run's seed orders and augments
@@ -46,15 +48,74 @@ _SOURCES = {
     "tfds_images": {**_TFDS, "image_key": "image", "label_key": "label", **_IMAGES},
     "image_folder": {**_PATHS, **_IMAGES},
     "text": {"text": "stdlib", "objective": "span_corruption", "max_bytes": 0},
+    "diagnostic": {
+        "diagnostic": "vowel_removal",
+        "length": 64,  # ids of a row, with "#" and eos
+        "examples": 1_280_000,
+        "valid_examples": 16_000,  # also of the test split
+    },
+    "characters": {
+        "characters": "spelling_correction",
+        "text": "stdlib",
+        "max_bytes": 10_000_000,  # of each split's text; words are found in all of it
+        "vocabulary": 20_000,  # most frequent words of the training text
+    },
+    "pairs": {"pairs": "xnli", "truncation": "end"},
 }
 _TEXTS = {
     "stdlib": {"valid_fraction": 0.05},
     "files": {**_PATHS, "file_prefix": ""},
     "tfds": {**_TFDS, "field": "text"},
+    "languages": {
+        "path": "",
+        "include": "",  # keeps files whose name matches this glob
+        "languages": (),  # of training; empty: all that are found
+        "eval_languages": (),  # of validation and test; empty: those of training
+        "eval_examples": 0,  # of each language; 0: as many as the smallest language has windows
+        "valid_fraction": 0.05,
+    },
 }
 _OBJECTIVES = {
     "span_corruption": {"inputs_length": 1024, "noise_density": 0.15, "mean_span": 20.0},
     "next_byte": {"context": 512, "targets_length": 512},
+}
+_CHARACTERS = {
+    "spelling_correction": {"inputs_length": 64, "targets_length": 64, "errors": 1, "dependent": 0.5},
+    "word_search": {"inputs_length": 128, "targets_length": 16, "held_out": 0.1, "overlap": 0.5, "distractors": 3},
+}
+_PAIRS = {
+    "xnli": {
+        "name": "xnli",
+        "train_name": "multi_nli",  # XNLI has no training split; "" reads `train_split` of `name`
+        "data_dir": "",
+        "train_split": "train",
+        "valid_split": "validation",
+        "test_split": "test",
+        "languages": ("en",),
+        "eval_languages": (),  # empty: all
+        "inputs_length": 1024,
+        "targets_length": 2,
+    },
+    "tydi_qa": {
+        "name": "tydi_qa/goldp",
+        "data_dir": "",
+        "train_split": "train[:80%]",
+        "valid_split": "train[80%:]",
+        "test_split": "validation",
+        "languages": (),  # empty: all
+        "eval_languages": (),
+        "inputs_length": 2048,
+        "targets_length": 128,
+    },
+}
+# What a source leaves to choose: a key, and the keys that come with each of its values.
+_CHOICES = {
+    "text": {"text": _TEXTS, "objective": _OBJECTIVES},
+    "characters": {
+        "characters": _CHARACTERS,
+        "text": {name: keys for name, keys in _TEXTS.items() if name != "languages"},
+    },
+    "pairs": {"pairs": _PAIRS},
 }
 
 SOURCES = tuple(_SOURCES)
@@ -79,9 +140,8 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys that are valid beside the choices that `config` makes, with their defaults."""
     source = _choose("data.source", config.get("source", ""), SOURCES)
     keys = {**_COMMON, **_SOURCES[source]}
-    if source == "text":
-        keys |= _TEXTS[_choose("data.text", config.get("text", keys["text"]), TEXTS)]
-        keys |= _OBJECTIVES[_choose("data.objective", config.get("objective", keys["objective"]), OBJECTIVES)]
+    for choice, options in _CHOICES.get(source, {}).items():
+        keys |= options[_choose(f"data.{choice}", config.get(choice, keys[choice]), options)]
     return keys
 
 
@@ -108,8 +168,29 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> ml_collect
     for key in given:
         if key in keys:
             continue
-        chosen = "/".join(str({**keys, **given}[k]) for k in ("source", "text", "objective") if k in keys)
+        chosen = "/".join(str({**keys, **given}[k]) for k in ("source", *_CHOICES.get(given["source"], ())))
         raise ValueError(f"unknown key data.{key}{_nearest(key, keys)}; valid for {chosen}: {', '.join(sorted(keys))}")
     return ml_collections.ConfigDict(
         {key: _checked(key, given.get(key, default), default) for key, default in keys.items()}
+    )
+
+
+def lengths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns (N, T), the lengths of `input_ids` and `labels` in the batches that a resolved `config.data` describes.
+
+    Raises:
+      ValueError: the source has no pairs of byte sequences, or an objective's lengths do not fit together.
+    """
+    source = config["source"]
+    if source == "text" and config["objective"] == "span_corruption":
+        inputs = config["inputs_length"]
+        return inputs, span_corruption.lengths(inputs, config["noise_density"], config["mean_span"])[1]
+    if source == "text":
+        return config["context"], config["targets_length"]
+    if source == "diagnostic":
+        return config["length"], config["length"]
+    if source in ("characters", "pairs"):
+        return config["inputs_length"], config["targets_length"]
+    raise ValueError(
+        f"data.source={source!r} gives no sequences of bytes; those that do: text, diagnostic, characters, pairs"
     )

@@ -26,10 +26,15 @@ def check_fraction(valid_fraction: float) -> None:
         )
 
 
+def place_of(name: str) -> float:
+    """Returns a hash of a name in [0, 1), the same on every machine; a share of all names lies below that share."""
+    digest = hashlib.blake2b(name.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
 def split_of(name: str, valid_fraction: float) -> str:
     """Returns the split that a file of this relative name belongs to: a hash, the same on every machine."""
-    digest = hashlib.blake2b(name.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
-    place = int.from_bytes(digest, "big") / 2**64
+    place = place_of(name)
     if place < valid_fraction:
         return "valid"
     return "test" if place < 2 * valid_fraction else "train"

@@ -47,7 +47,7 @@ def concatenate(documents: Iterable[bytes], *, what: str) -> np.ndarray:
     return np.frombuffer(joined, np.uint8)
 
 
-def _capped(documents: Iterable[bytes], max_bytes: int, what: str) -> Iterator[bytes]:
+def capped(documents: Iterable[bytes], max_bytes: int, what: str) -> Iterator[bytes]:
     """Passes on as many documents as make `max_bytes` with what joins them, cuts the last, and reports that it did."""
     if max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes} must be positive, or 0 for no limit")
@@ -167,7 +167,7 @@ def from_files(
     def read(files: list[epath.Path]) -> Iterator[bytes]:
         limit = max_bytes + 1 if max_bytes else 0  # one more than allowed, so that a cut is noticed and reported
         documents = (read_file(file, limit=limit) for file in files)
-        return _capped(documents, max_bytes, what)
+        return capped(documents, max_bytes, what)
 
     if own_paths.get(split):
         return concatenate(read(find_files(own_paths[split], file_prefix=file_prefix)), what=what)
@@ -202,7 +202,7 @@ def from_tfds(
     what = f"field {field!r} of split {split!r} of TFDS set {name!r}"
     values = (source[i][field] for i in range(len(source)))
     documents = (value if isinstance(value, bytes) else value.encode() for value in values)
-    return concatenate(_capped(documents, max_bytes, what), what=what)
+    return concatenate(capped(documents, max_bytes, what), what=what)
 
 
 # -- The standard library ---------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def from_stdlib(*, split: str, valid_fraction: float = 0.05, max_bytes: int = 0)
             if name != "pydoc_data/topics.py" and split_of(name, valid_fraction) == split:
                 yield path.read_bytes()
 
-    return concatenate(_capped(documents(), max_bytes, what), what=what)
+    return concatenate(capped(documents(), max_bytes, what), what=what)
 
 
 # -- Windows ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from adaptive import flops, registry
 from adaptive.deletion import gate as deletion_gate
 from adaptive.deletion.controller import Controller
 from experiments import data, parallel
-from experiments.data import span_corruption
 from experiments.tasks.models import build_t5, check_keys
 from layers.t5 import T5
 
@@ -59,31 +58,28 @@ class Seq2Seq:
 
     Attributes:
       model: a T5; deletion: how its gate, if any, is used; inputs_length, targets_length: N and T.
+      groups: of examples whose evaluation metrics are also reported apart, as `bits_per_byte/de`.
     """
 
     model: T5
     deletion: Deletion
     inputs_length: int
     targets_length: int
+    groups: tuple[data.Group, ...] = ()
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Seq2Seq:
         """Reads `config.model` (see `experiments.tasks.models`), its `deletion` section and the lengths of `config.data`.
 
         Raises:
-          ValueError: the data are no text, or the model section is wrong.
+          ValueError: the data are no pairs of byte sequences, or the model section is wrong.
         """
         settings = data.resolve(config.data)
-        if settings.source != "text":
-            raise ValueError(f"the task seq2seq needs text; config.data.source is {settings.source!r}")
+        inputs, targets = data.lengths(settings)
         section = dict(config.model.get("deletion", {}))
         check_keys("model.deletion", section, (field.name for field in dataclasses.fields(Deletion)))
-        if settings.objective == "span_corruption":
-            inputs = settings.inputs_length
-            targets = span_corruption.lengths(inputs, settings.noise_density, settings.mean_span)[1]
-        else:
-            inputs, targets = settings.context, settings.targets_length
-        return cls(build_t5(config.model, dtype=config.dtype), Deletion(**section), inputs, targets)
+        model = build_t5(config.model, dtype=config.dtype)
+        return cls(model, Deletion(**section), inputs, targets, data.groups(settings))
 
     @property
     def tokens_per_example(self) -> int:
@@ -131,7 +127,7 @@ class Seq2Seq:
         logits, aux = self._apply(params, batch, mode, rng, deterministic=not train)
         losses, mask = _byte_losses(logits, batch["labels"])
         loss = jnp.sum(losses) / normalizers["targets"]
-        metrics = {"cross_entropy": (jnp.sum(losses), jnp.sum(mask))}
+        metrics = {"cross_entropy": (jnp.sum(losses), jnp.sum(mask))} | _accuracies(logits, batch["labels"])
         if mode is None:
             return loss, metrics
         tokens = aux["gate_tokens"]
@@ -155,7 +151,10 @@ class Seq2Seq:
         return {"controller": jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, extra["controller"])}
 
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
-        """Cross-entropy, bits per byte and the share of bytes left; each device picks its own rung of the ladder."""
+        """Cross-entropy, bits per byte, accuracies and the share of bytes left, of all examples and of each group.
+
+        Each device picks its own rung of the ladder.
+        """
         del extra
         mesh = jax.sharding.get_abstract_mesh()
         on_ladder = self.model.gate is not None and self.model.rungs is not None and self.deletion.evaluate == "hard"
@@ -178,15 +177,23 @@ class Seq2Seq:
         mode = (self.deletion.evaluate or None) if self.model.gate else None
         logits, aux = self._apply(params, batch, mode, jax.random.key(0), deterministic=True)
         losses, mask = _byte_losses(logits, batch["labels"])
-        weight = batch["weight"][:, None]
-        total, count = jnp.sum(losses * weight), jnp.sum(mask * weight)
-        inputs = jnp.sum((batch["input_ids"] != 0) * weight)
-        left = jnp.sum(aux["tokens"][-1] * batch["weight"])
-        return {
-            "cross_entropy": (total, count),
-            "bits_per_byte": (_LOG2E * total, count),
-            "kept": (left.astype(jnp.float32), inputs),
-        }
+        inputs = jnp.sum(batch["input_ids"] != 0, axis=1)
+        left = aux["tokens"][-1].astype(jnp.float32)
+
+        def measured(weight: Any) -> dict[str, Any]:
+            total, count = jnp.sum(losses * weight[:, None]), jnp.sum(mask * weight[:, None])
+            return {
+                "cross_entropy": (total, count),
+                "bits_per_byte": (_LOG2E * total, count),
+                "kept": (jnp.sum(left * weight), jnp.sum(inputs * weight)),
+                **_accuracies(logits, batch["labels"], weight),
+            }
+
+        metrics = measured(batch["weight"])
+        for group in self.groups:
+            own = measured(batch["weight"] * (batch[group.key] == group.value))
+            metrics |= {f"{name}/{group.name}": pair for name, pair in own.items()}
+        return metrics
 
     @property
     def _scale(self) -> float:
@@ -210,3 +217,18 @@ def _byte_losses(logits: Any, labels: Any) -> tuple[Any, Any]:
     mask = (labels != 0).astype(jnp.float32)
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
     return losses * mask, mask
+
+
+def _accuracies(logits: Any, labels: Any, weight: Any = 1.0) -> dict[str, Any]:
+    """Teacher-forced: the share of target bytes that are right, and of examples that are right in all of theirs.
+
+    Examples without a target byte, which fill up a batch, do not count. `weight [B]` is of the examples.
+    """
+    mask = labels != 0
+    right = jnp.sum((jnp.argmax(logits, axis=-1) == labels) & mask, axis=1)
+    count = jnp.sum(mask, axis=1)
+    counted = (count > 0) * jnp.asarray(weight, jnp.float32)
+    return {
+        "token_accuracy": (jnp.sum(right * counted), jnp.sum(count * counted)),
+        "sequence_accuracy": (jnp.sum((right == count) * counted), jnp.sum(counted)),
+    }

@@ -63,3 +63,22 @@ def test_sentinels_descend_from_258():
 def test_shift_right_starts_with_pad():
     labels = np.array([[5, 6, 1], [7, 1, 0]], np.int32)
     np.testing.assert_array_equal(byte_vocab.shift_right(labels), [[0, 5, 6], [0, 7, 1]])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.binary(max_size=9), st.binary(max_size=4)), min_size=1, max_size=5))
+def test_pairs_are_closed_and_padded(strings):
+    inputs, targets = zip(*strings, strict=True)
+    batch = byte_vocab.pack_pairs(inputs, targets, inputs_length=10, targets_length=5)
+    for key, side, length in (("input_ids", inputs, 10), ("labels", targets, 5)):
+        expected = [[*(b + 3 for b in raw), 1, *([0] * (length - 1 - len(raw)))] for raw in side]
+        np.testing.assert_array_equal(batch[key], expected)
+        assert batch[key].dtype == np.int32
+    np.testing.assert_array_equal(batch["decoder_input_ids"], byte_vocab.shift_right(batch["labels"]))
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="input of 10 bytes and its eos do not fit into 10 ids"):
+        byte_vocab.pack_pairs([b"", b"0123456789"], [b"", b""], inputs_length=10, targets_length=5)
+    with pytest.raises(ValueError, match="target of 5 bytes"):
+        byte_vocab.pack_pairs([b""], [b"01234"], inputs_length=10, targets_length=5)

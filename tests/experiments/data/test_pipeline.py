@@ -9,12 +9,24 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import data
+from tests.experiments.tiny_data import write_languages, write_pairs
 
 DIGITS = {"source": "digits", "image_size": 12, "scale": (0.7, 1.0), "examples": 23, "valid_examples": 23}
 MOVING = {**DIGITS, "source": "moving_digits", "frames": 2}
 SPANS = {"source": "text", "inputs_length": 64, "max_bytes": 20_000}
 BYTES = {"source": "text", "objective": "next_byte", "context": 8, "targets_length": 8, "max_bytes": 1_000}
-CONFIGS = {"digits": DIGITS, "moving_digits": MOVING, "spans": SPANS, "bytes": BYTES}
+DIAGNOSTIC = {"source": "diagnostic", "diagnostic": "contextual_vowel_removal", "length": 16, "examples": 30}
+SPELLING = {"source": "characters", "max_bytes": 20_000}
+SEARCH = {**SPELLING, "characters": "word_search"}
+CONFIGS = {
+    "diagnostic": DIAGNOSTIC,
+    "spelling": SPELLING,
+    "search": SEARCH,
+    "digits": DIGITS,
+    "moving_digits": MOVING,
+    "spans": SPANS,
+    "bytes": BYTES,
+}
 
 
 def _build(config, *, split="train", batch_size=4, seed=0, **kwargs):
@@ -33,7 +45,7 @@ def _same(first, second):
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-@pytest.fixture(params=[*sorted(CONFIGS), "image_folder", "tfds_images", "files"])
+@pytest.fixture(params=[*sorted(CONFIGS), "image_folder", "tfds_images", "files", "languages", "pairs"])
 def config(request, tmp_path):
     """One configuration of each source."""
     if request.param == "image_folder":
@@ -43,6 +55,11 @@ def config(request, tmp_path):
     if request.param == "files":
         (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 40)
         return {"source": "text", "text": "files", "path": str(tmp_path), "inputs_length": 64}
+    (tmp_path / "data").mkdir()
+    if request.param == "languages":
+        return {"source": "text", "text": "languages", "path": write_languages(tmp_path / "data"), "inputs_length": 64}
+    if request.param == "pairs":
+        return {"source": "pairs", "pairs": "tydi_qa", "name": "tiny_tydi", "data_dir": write_pairs(tmp_path / "data")}
     return CONFIGS[request.param]
 
 
@@ -179,7 +196,7 @@ def test_padded_text_rows_have_no_loss():
 
 
 def test_splits_differ():
-    for config in (DIGITS, SPANS):
+    for config in (DIGITS, SPANS, DIAGNOSTIC, SPELLING, SEARCH):
         batches = [next(_build(config, split=split).eval_batches()) for split in data.SPLITS]
         key = "image" if config is DIGITS else "input_ids"
         assert (batches[0][key] != batches[1][key]).any() and (batches[1][key] != batches[2][key]).any()

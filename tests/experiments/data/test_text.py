@@ -103,7 +103,7 @@ def test_other_bad_input_is_refused(books):
         _read(books / "**" / "*.txt")
 
 
-@pytest.mark.parametrize("content", [b"plain text", gzip.compress(b"x" * 5000)[:20]], ids=["no_gzip", "cut"])
+@pytest.mark.parametrize("content", [b"plain text", gzip.compress(b"x" * 5000, mtime=0)[:20]], ids=["plain", "cut"])
 def test_damaged_gz_is_named(tmp_path, content):
     (tmp_path / "bad.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.gz cannot be unpacked"):

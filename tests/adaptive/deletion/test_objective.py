@@ -131,7 +131,9 @@ def test_entropies_have_finite_gradients_at_the_ends_and_in_empty_rows():
     tokens = make_tokens((3, 0), 3)
     gate = jnp.array([[0.0, -200.0, -1e-9], [SCALE, SCALE, SCALE]])
     for index in range(2):
-        value, gradient = jax.value_and_grad(lambda gate, index=index: objective.entropies(gate, tokens)[index][0])(gate)
+        value, gradient = jax.value_and_grad(lambda gate, index=index: objective.entropies(gate, tokens)[index][0])(
+            gate
+        )
         assert np.isfinite(value) and np.all(np.isfinite(gradient)) and not np.any(gradient[1])
 
 

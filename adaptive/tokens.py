@@ -100,6 +100,7 @@ class Signals:
       cls_attention: `[B, N]` attention of the class token to every token, averaged over heads.
       attention: `[B, H, N, N]` the whole map, for small cases only.
       column_sums: `[B, N]` attention that each token receives, summed over queries and averaged over heads.
+      score_excess: `[B]` how far attention logits exceed 5, on average over heads, real queries and real keys.
       text_attention: `[B, Q, N]` rows of text queries.
       text_features: `[B, Q, C]`; image_text_similarity: `[B, N]`; frame_features: `[B, T, C]`.
       token_ids: `[B, N]` vocabulary ids (byte-level methods).
@@ -115,6 +116,7 @@ class Signals:
     cls_attention: Any = None
     attention: Any = None
     column_sums: Any = None
+    score_excess: Any = None
     text_attention: Any = None
     text_features: Any = None
     image_text_similarity: Any = None

@@ -15,10 +15,15 @@ from jaxtyping import Array, Float, Num
 from adaptive.tokens import Signals
 from layers.linear import Initializer, Linear
 from layers.rotary import rotate
-from pallas_kernels.biased_flash_attention import attention_column_stats, attention_map, biased_attention
+from pallas_kernels.biased_flash_attention import (
+    attention_column_stats,
+    attention_map,
+    attention_score_excess,
+    biased_attention,
+)
 
 # Signals that attention can hand out; all but "attention" without a map of all queries by all keys.
-SIGNALS = ("keys", "queries", "values", "cls_attention", "column_sums", "attention")
+SIGNALS = ("keys", "queries", "values", "cls_attention", "column_sums", "score_excess", "attention")
 
 
 class Attention(nn.Module):
@@ -74,7 +79,8 @@ class Attention(nn.Module):
           causal: queries see no later keys.
           positions, context_positions: `[B or 1, Q]`, `[B or 1, K]` for rotary embedding; 0, 1, ... when None.
           signals: what to hand out, of `SIGNALS`; other fields of the result are None. Keys, queries and values are means
-            over heads, before any rotation. Column sums leave out the queries of removed keys in self-attention.
+            over heads, before any rotation. Column sums leave out the queries of removed keys in self-attention, and so
+            does the score excess, whose logits are those before `key_bias`.
 
         Raises:
           ValueError: an unknown signal, a class row under a causal mask, or shapes that do not fit.
@@ -106,6 +112,16 @@ class Attention(nn.Module):
         }
         weight = jnp.isfinite(key_bias) if key_bias is not None and context is None else None
         handed |= _attention_signals(turned_query, turned_key, signals, weight, self.implementation, options)
+        if "score_excess" in signals:
+            handed["score_excess"] = attention_score_excess(
+                turned_query,
+                turned_key,
+                bias=bias,
+                scale=self.scale,
+                query_mask=weight,
+                key_mask=None if key_bias is None else jnp.isfinite(key_bias),
+                implementation=self.implementation,
+            )
         return out, Signals(**handed)
 
     def _project(self, name: str, x: Array, heads: int, init: Initializer | None = None) -> Float[Array, "B N H d"]:

@@ -43,12 +43,14 @@ class _State:
 
     Attributes:
       tokens: the token set; gate: `[B, N]` values that fade keys, or None; reduction: all that hooks did so far, or None.
-      moved: static; True once the rows' positions may differ.
+      excess: `[B]` sum of the score excess over the maps so far, or None; moved: static; True once the rows' positions may
+        differ.
     """
 
     tokens: TokenSet
     gate: Any = None
     reduction: Any = None
+    excess: Any = None
     moved: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -63,6 +65,7 @@ class _State:
             tokens.replace(features=along_batch(tokens.features)),
             None if self.gate is None else reduction.reduce(self.gate),
             reduction if self.reduction is None else self.reduction.then(reduction),
+            self.excess,
             moved=True,
         )
 
@@ -82,6 +85,9 @@ class T5(nn.Module):
       rungs: ladder for hard deletion, rising, the last at least N; capacity: a single static length instead. With neither,
         hard deletion compacts without shrinking.
       hooks: after encoder layers.
+      hard_probability: of a training batch in which soft deletion removes keys as hard deletion would.
+      score_excess: puts the pair "score_excess" into the losses: the mean of `max(S, 5) - 5` over the logits S, before gate
+        values, of the encoder's self-attention above the gate and of all cross-attention; summed over rows, and their number.
       dropout, tie_embeddings, num_buckets, max_distance: as in T5.
       remat: recompute each layer in the backward pass; scan_layers: one compiled layer for the whole stack.
       dtype: of the computation; parameters stay float32.
@@ -105,6 +111,8 @@ class T5(nn.Module):
     rungs: tuple[int, ...] | None = None
     capacity: int | None = None
     hooks: tuple[Any, ...] = ()
+    hard_probability: float = 0.0
+    score_excess: bool = False
     dropout: float = 0.0
     tie_embeddings: bool = False
     num_buckets: int = 32
@@ -148,6 +156,8 @@ class T5(nn.Module):
             raise ValueError(f"gate_layer must lie in 1..{self.encoder_layers} (the encoder); got {self.gate_layer}")
         if self.gate is not None and registry.describe(self.gate).kind != "deletion":
             raise ValueError(f"gate={self.gate!r} is no deletion method; one of {registry.names('deletion')}")
+        if not 0.0 <= self.hard_probability <= 1.0:
+            raise ValueError(f"hard_probability must lie in [0, 1]; got {self.hard_probability}")
         if self.rungs is not None and self.capacity is not None:
             raise ValueError("give rungs (a ladder) or capacity (one static length), not both")
         if self.hooks and self.scan_layers:
@@ -169,6 +179,7 @@ class T5(nn.Module):
             softmax=self.softmax,
             dropout=self.dropout,
             dtype=self.dtype,
+            score_excess=self.score_excess and name != "lower_stack",
         )
         if not layers:
             return ()
@@ -211,7 +222,8 @@ class T5(nn.Module):
           `(logits [B, T, V], aux)`, or `(features [B, N, D], aux)` for the encoder alone (after hard deletion the survivors
           stand left-packed with zeros behind them). `aux`: "tokens" `[L, B]` real tokens after each encoder layer;
           "token_set" after the encoder (None after hard deletion) and "reduction", all that hooks did; "delete_gate" `[B, N]`
-          gate values, "kept" `[B, N]` what hard deletion keeps, "gate_tokens" the token set that the gate saw; "losses".
+          gate values and "gate_logits" `[B, N]` of a learned gate (without noise), "kept" `[B, N]` what hard deletion keeps,
+          "gate_tokens" the token set that the gate saw; "losses", named pairs (sum, count).
 
         Raises:
           ValueError: an unknown deletion mode, deletion without a gate, a sequence longer than the ladder.
@@ -221,19 +233,23 @@ class T5(nn.Module):
         state = _State(TokenSet.create(along_batch(self.embedding(input_ids)), mask=mask))
         counts: list[Array] = []
         state = self._encode(self.lower, 0, state, counts, deterministic)
-        aux: dict[str, Any] = {"losses": {}, "delete_gate": None, "kept": None, "gate_tokens": None}
+        aux: dict[str, Any] = {"losses": {}}
+        aux |= dict.fromkeys(("delete_gate", "gate_logits", "kept", "gate_tokens"))
         # Gate parameters are created even when the first call does not delete.
         if self.gate and (deletion or self.is_initializing()):
-            gate = self._gate_values(state, input_ids, deterministic)
-            aux |= {"delete_gate": gate, "gate_tokens": state.tokens, "kept": self._survivors(gate, state.tokens)}
+            gate, logits = self._gate_values(state, input_ids, deterministic)
+            aux |= {"delete_gate": gate, "gate_logits": logits, "gate_tokens": state.tokens}
+            aux["kept"] = self._survivors(gate, state.tokens)
             # Parameters must exist before the branches of a ladder share them: never initialise inside one.
             if deletion == "hard" and not self.is_initializing():
-                output, left = self._finish_hard(state, aux["kept"], decoder_input_ids, deterministic)
+                output, excess, left = self._finish_hard(state, aux["kept"], decoder_input_ids, deterministic)
+                aux["losses"] |= self._score_loss(excess, decoder_input_ids)
                 counts = [*counts[:-1], *left]
                 return output, aux | {"tokens": jnp.stack(counts), "token_set": None, "reduction": state.reduction}
-            state = state.replace(gate=gate)
+            state = state.replace(gate=self._fading(gate, state.tokens, deterministic))
         state = self._encode(self.upper, len(counts), state, counts, deterministic)
-        output = self._decode(state, decoder_input_ids, deterministic)
+        output, excess = self._decode(state, decoder_input_ids, deterministic)
+        aux["losses"] |= self._score_loss(excess, decoder_input_ids)
         return output, aux | {"tokens": jnp.stack(counts), "token_set": state.tokens, "reduction": state.reduction}
 
     def _check_call(self, decoder_input_ids: Array | None, deletion: str | None) -> None:
@@ -255,8 +271,25 @@ class T5(nn.Module):
             return keep
         return ragged.compact(keep, min(self.capacity, keep.shape[1]), overflow="best", scores=gate).assign >= 0
 
-    def _gate_values(self, state: _State, input_ids: Int[Array, "B N"], deterministic: bool) -> Float[Array, "B N"]:
-        """Gate values `[B, N]` of the registered deletion method; Gumbel noise is for training only."""
+    def _fading(self, gate: Float[Array, "B N"], tokens: TokenSet, deterministic: bool) -> Float[Array, "B N"]:
+        """What soft deletion adds to the keys: the gate, or in some batches of training what hard deletion would."""
+        if deterministic or not self.hard_probability:
+            return gate
+        key, settings = self.make_rng("deletion"), dict(probability=self.hard_probability, scale=self._scale)
+        return deletion_gate.sometimes_masked(gate, tokens, key, **settings)
+
+    def _score_loss(self, excess: Float[Array, " B"] | None, decoder_input_ids: Array | None) -> dict[str, Any]:
+        """The pair of the score excess from its sum over maps; none where it is off or there is no map."""
+        if excess is None:
+            return {}
+        maps = self.encoder_layers - (self.gate_layer if self.gate else 0)
+        maps += 0 if decoder_input_ids is None else self.decoder_layers
+        return {"score_excess": (jnp.sum(excess) / maps, jnp.float32(excess.shape[0]))}
+
+    def _gate_values(
+        self, state: _State, input_ids: Int[Array, "B N"], deterministic: bool
+    ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
+        """Gate values `[B, N]` of the registered deletion method and its logits; Gumbel noise is for training only."""
         needs = registry.describe(self.gate).signals
         hyper = dict(self.gate_hyper)
         if deterministic:
@@ -267,7 +300,7 @@ class T5(nn.Module):
             rng=self.make_rng("deletion") if "rng" in needs or hyper.get("gumbel") else None,
             layer=self.gate_layer,
         )
-        return registry.get(self.gate)(state.tokens, signals, **hyper)
+        return registry.get(self.gate)(state.tokens, signals, **hyper), signals.gate_logits
 
     def _encode(self, layers: Any, first: int, state: _State, counts: list[Array], deterministic: bool) -> _State:
         """Runs a stack of encoder layers, of which `first` is the first; appends real tokens after each to `counts`."""
@@ -275,16 +308,18 @@ class T5(nn.Module):
             return state
         if self.scan_layers:
             bias = self._encoder_bias(state)
-            features, _ = layers(state.tokens.features, bias, state.key_bias, deterministic)
+            features, excess = layers(state.tokens.features, bias, state.key_bias, deterministic)
             layers_run = (self.gate_layer if layers is self.lower else self.encoder_layers) - first
             counts.extend([state.tokens.count] * layers_run)
-            return state.replace(tokens=state.tokens.replace(features=features))
+            excess = None if excess is None else jnp.sum(excess, axis=0)
+            return state.replace(tokens=state.tokens.replace(features=features), excess=excess)
         bias = self._encoder_bias(state)
         for index, layer in enumerate(layers, start=first):
             hooks = [hook for hook in self.hooks if hook.acts(index, state.tokens.features.shape[1])]
             asked = tuple(sorted({name for hook in hooks for name in hook.signals} - {"rng"}))
             features, signals = layer(state.tokens.features, bias, state.key_bias, asked, deterministic)
-            state = state.replace(tokens=state.tokens.replace(features=features))
+            excess = _add(state.excess, signals.score_excess)
+            state = state.replace(tokens=state.tokens.replace(features=features), excess=excess)
             for hook in hooks:
                 if not hook.acts(index, state.tokens.features.shape[1]):
                     continue
@@ -302,22 +337,27 @@ class T5(nn.Module):
             return self.encoder_bias(coords[:1], coords[:1])
         return along_batch(self.encoder_bias(coords, coords))
 
-    def _decode(self, state: _State, decoder_input_ids: Array | None, deterministic: bool) -> Array:
-        """Logits `[B, T, V]`, or the normed encoder features without decoder tokens."""
+    def _decode(
+        self, state: _State, decoder_input_ids: Array | None, deterministic: bool
+    ) -> tuple[Array, Float[Array, " B"] | None]:
+        """Logits `[B, T, V]`, or the normed encoder features without decoder tokens; and the score excess of all maps."""
         encoded = self.encoder_norm(state.tokens.features)
         if decoder_input_ids is None:
-            return encoded
+            return encoded, state.excess
         positions = jnp.arange(decoder_input_ids.shape[1], dtype=jnp.float32)[None]
         bias = self.decoder_bias(positions, positions)
         x = along_batch(self.embedding(decoder_input_ids))
+        total = state.excess
         if self.scan_layers:
-            x, _ = self.decoder(x, encoded, bias, state.key_bias, deterministic)
+            x, excess = self.decoder(x, encoded, bias, state.key_bias, deterministic)
+            total = total if excess is None else _add(total, jnp.sum(excess, axis=0))
         else:
             for layer in self.decoder:
-                x = layer(x, encoded, bias, state.key_bias, deterministic)
+                x, excess = layer(x, encoded, bias, state.key_bias, deterministic)
+                total = _add(total, excess)
         x = self.decoder_norm(x)
         logits = self.embedding.attend(x * self.width**-0.5) if self.tie_embeddings else self.head(x)
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.float32), total
 
     def _finish_hard(
         self,
@@ -325,22 +365,22 @@ class T5(nn.Module):
         keep: Bool[Array, "B N"],
         decoder_input_ids: Array | None,
         deterministic: bool,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Float[Array, " B"] | None, Array]:
         """What `_encode` and `_decode` give with the deleted tokens gone, and the real tokens left at each layer."""
         length = keep.shape[1]
 
         def work(
             reduction: Reduction, module: T5, state: _State, decoder_input_ids: Array | None
-        ) -> tuple[Array, Array]:
+        ) -> tuple[Array, Float[Array, " B"] | None, Array]:
             state = state.reduce(reduction)
             counts = [state.tokens.count]
             state = module._encode(module.upper, module.gate_layer, state, counts, deterministic)
-            output = module._decode(state, decoder_input_ids, deterministic)
+            output, excess = module._decode(state, decoder_input_ids, deterministic)
             if decoder_input_ids is None:
                 # Every rung must return the same shape: survivors first, zeros behind them.
                 output = jnp.where(state.tokens.valid[..., None], output, 0)
                 output = jnp.pad(output, ((0, 0), (0, length - output.shape[1]), (0, 0)))
-            return output, jnp.stack(counts)
+            return output, excess, jnp.stack(counts)
 
         if self.rungs is not None:
             return ragged.on_ladder(work, keep, self.rungs, self, state, decoder_input_ids, switch=_lifted_switch)
@@ -358,6 +398,13 @@ class T5(nn.Module):
             encoder_layers=self.encoder_layers,
             decoder_layers=self.decoder_layers,
         )
+
+
+def _add(total: Array | None, value: Array | None) -> Array | None:
+    """`total + value`, where None is nothing."""
+    if total is None or value is None:
+        return total if value is None else value
+    return total + value
 
 
 def _lifted_switch(index: Array, branches: list[Any], keep: Array, module: T5, *operands: Any) -> Any:

@@ -15,7 +15,10 @@ from layers.norms import RMSNorm
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and gated MLP; sizes as in `T5`. Returns the features and the signals asked for."""
+    """Pre-norm self-attention and gated MLP; sizes as in `T5`. Returns the features and the signals asked for.
+
+    `score_excess` asks for the signal of that name at every call.
+    """
 
     heads: int
     head_dim: int
@@ -23,6 +26,7 @@ class EncoderLayer(nn.Module):
     softmax: str
     dropout: float
     dtype: Any
+    score_excess: bool = False
 
     @nn.compact
     def __call__(
@@ -30,6 +34,7 @@ class EncoderLayer(nn.Module):
     ) -> tuple[Float[Array, "B N D"], Signals]:
         """`x` after the layer; `bias [1 or B, H, N, N]`, `key_bias [B, N]`."""
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
+        signals += _own_signals(self)
         attended, found = _attention(self, "attention", x.shape[-1])(
             RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
         )
@@ -40,7 +45,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm causal self-attention, cross-attention and gated MLP; sizes as in `T5`."""
+    """Pre-norm causal self-attention, cross-attention and gated MLP; sizes as in `T5`.
+
+    Returns the features, and with `score_excess` that signal of cross-attention, else None.
+    """
 
     heads: int
     head_dim: int
@@ -48,6 +56,7 @@ class DecoderLayer(nn.Module):
     softmax: str
     dropout: float
     dtype: Any
+    score_excess: bool = False
 
     @nn.compact
     def __call__(
@@ -57,20 +66,24 @@ class DecoderLayer(nn.Module):
         bias: Array,
         key_bias: Array,
         deterministic: bool,
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"] | None]:
         """`x` after the layer; `encoded` is attended to with `key_bias [B, M]`."""
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         own, _ = _attention(self, "attention", x.shape[-1])(
             RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, causal=True
         )
         x = x + drop(own)
-        cross, _ = _attention(self, "cross_attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="cross_norm")(x), encoded, key_bias=key_bias
+        cross, found = _attention(self, "cross_attention", x.shape[-1])(
+            RMSNorm(dtype=self.dtype, name="cross_norm")(x), encoded, key_bias=key_bias, signals=_own_signals(self)
         )
         x = x + drop(cross)
         return x + drop(
             _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        )
+        ), found.score_excess
+
+
+def _own_signals(layer: EncoderLayer | DecoderLayer) -> tuple[str, ...]:
+    return ("score_excess",) if layer.score_excess else ()
 
 
 def _attention(layer: EncoderLayer | DecoderLayer, name: str, width: int) -> Attention:
@@ -103,22 +116,23 @@ def _mlp(layer: EncoderLayer | DecoderLayer, width: int) -> GatedMlp:
 
 
 class ScannedEncoderLayer(nn.Module):
-    """An encoder layer in the form that `nn.scan` wants."""
+    """An encoder layer in the form that `nn.scan` wants: the second result is the score excess, or None."""
 
     layer: dict[str, Any]
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, key_bias: Array, deterministic: bool) -> tuple[Array, None]:
-        return EncoderLayer(**self.layer, name="layer")(x, bias, key_bias, (), deterministic)[0], None
+    def __call__(self, x: Array, bias: Array, key_bias: Array, deterministic: bool) -> tuple[Array, Array | None]:
+        x, found = EncoderLayer(**self.layer, name="layer")(x, bias, key_bias, (), deterministic)
+        return x, found.score_excess
 
 
 class ScannedDecoderLayer(nn.Module):
-    """A decoder layer in the form that `nn.scan` wants."""
+    """A decoder layer in the form that `nn.scan` wants: the second result is the score excess, or None."""
 
     layer: dict[str, Any]
 
     @nn.compact
     def __call__(
         self, x: Array, encoded: Array, bias: Array, key_bias: Array, deterministic: bool
-    ) -> tuple[Array, None]:
-        return DecoderLayer(**self.layer, name="layer")(x, encoded, bias, key_bias, deterministic), None
+    ) -> tuple[Array, Array | None]:
+        return DecoderLayer(**self.layer, name="layer")(x, encoded, bias, key_bias, deterministic)

@@ -27,7 +27,15 @@ class Controller:
         return cls(zero, zero, jnp.asarray(alpha, jnp.float32))
 
     def update(
-        self, deleted: Float[Array, ""], *, target: float, kp: float = 0.5, ki: float = 1e-5, smoothing: float = 0.9
+        self,
+        deleted: Float[Array, ""],
+        *,
+        target: float,
+        kp: float = 0.5,
+        ki: float = 1e-5,
+        smoothing: float = 0.9,
+        repeats: int = 1,
+        windup_limit: float | None = None,
     ) -> Controller:
         """The controller after a step in which the share `deleted` of tokens was deleted.
 
@@ -36,19 +44,37 @@ class Controller:
         Args:
           deleted: share of real tokens deleted, over the global batch.
           target: wanted share, in (0, 1).
-          kp, ki: gains; smoothing: of the proportional part.
+          kp, ki: gains, not negative; smoothing: of the proportional part, in [0, 1).
+          repeats: how often the update is made with the same share; the micro-batches of a step stand for the public code's
+            updates.
+          windup_limit: keeps the integral in [0, windup_limit]; None leaves it free, as published. At rest the error and so P
+            are 0 and alpha is I: an integral under 0 or over any alpha that is ever needed only delays the way back, which
+            otherwise takes as long as the error of the other sign took to build it up.
 
         Raises:
-          ValueError: the target is outside (0, 1).
+          ValueError: a value outside the range above, or the target outside (0, 1).
 
         Source: Kallini et al. 2025, section 3 (PI controller).
 
         Differs: one update for each optimiser step from the global batch; the public code updates for each micro-batch, in
-        each process by itself, and on evaluation batches too.
+        each process by itself, and on evaluation batches too (`repeats` has its gains, and the mean share of the step in
+        place of each micro-batch's own). It has no limit for the integral.
         """
         if not 0.0 < target < 1.0:
             raise ValueError(f"the target deletion rate must lie in (0, 1); got {target}")
+        if kp < 0 or ki < 0 or not 0.0 <= smoothing < 1.0:
+            raise ValueError(
+                f"kp and ki must not be negative and the smoothing must lie in [0, 1); got {kp}, {ki} and {smoothing}"
+            )
+        if repeats < 1 or (windup_limit is not None and windup_limit <= 0):
+            raise ValueError(
+                f"repeats must be at least 1 and windup_limit positive or None; got {repeats} and {windup_limit}"
+            )
         error = target - deleted
-        proportional = smoothing * self.proportional + (1 - smoothing) * kp * error
-        integral = self.integral + ki * error
+        # The geometric series of `repeats` updates with one and the same error.
+        old = smoothing**repeats
+        proportional = old * self.proportional + (1 - old) * kp * error
+        integral = self.integral + repeats * ki * error
+        if windup_limit is not None:
+            integral = jnp.clip(integral, 0.0, windup_limit)
         return Controller(proportional, integral, jnp.maximum(proportional + integral, 0.0))

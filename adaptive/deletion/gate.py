@@ -88,6 +88,40 @@ def hard(
     return ragged.compact(kept(gate, tokens, scale=scale), capacity, overflow=overflow, scores=gate)
 
 
+def masked(gate: Float[Array, "B N"], tokens: TokenSet, *, scale: float = SCALE) -> Float[Array, "B N"]:
+    """Hard deletion as gate values, at full length: 0 for what `kept` keeps and -inf, which removes the key, for the rest.
+
+    Source: Kallini et al. 2025, public code (survivors of hard deletion lose their soft gate values).
+    """
+    return jnp.where(kept(gate, tokens, scale=scale), 0.0, -jnp.inf)
+
+
+def sometimes_masked(
+    gate: Float[Array, "B N"], tokens: TokenSet, key: Array, *, probability: float, scale: float = SCALE
+) -> Float[Array, "B N"]:
+    """`masked` for the whole batch with `probability`, else the gate itself; the share of training done by hard deletion.
+
+    No gradient of the outputs reaches the gate in a batch that is masked.
+
+    Args:
+      gate: `[B, N]` gate values.
+      tokens: `[B, N, D]`.
+      key: decides, once for the batch.
+      probability: in [0, 1].
+      scale: k of the gate.
+
+    Raises:
+      ValueError: the probability is outside [0, 1].
+
+    Source: Kallini et al. 2025, public code (`hard_delete_train_prob`, 0 in every published run).
+
+    Differs: the public code shortens the batch; here its keys are removed, with the same outputs, as shapes are static.
+    """
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"the probability of hard deletion must lie in [0, 1]; got {probability}")
+    return jnp.where(jax.random.bernoulli(key, probability), masked(gate, tokens, scale=scale), gate)
+
+
 def hard_on_ladder(
     work: Callable[..., Any],
     gate: Float[Array, "B N"],

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from adaptive import flops, registry
 from adaptive.deletion import gate as deletion_gate
+from adaptive.deletion import objective
 from adaptive.deletion.controller import Controller
-from experiments import data, parallel
+from experiments import byte_classes, data, parallel
 from experiments.tasks.models import build_t5, check_keys
 from layers.t5 import T5
 
@@ -30,26 +31,60 @@ class Deletion:
 
     Attributes:
       target: share of bytes that a learned gate is steered to delete.
+      regularizer: a name of `adaptive.deletion.objective.REGULARIZERS`.
+      entropy_each, entropy_mean: weights of the entropy terms, `entropy_each * each - entropy_mean * mean`; see
+        `objective.entropies`.
       alpha: first weight of the gate regulariser; the fixed weight when `controller` is False.
-      kp, ki: gains of the controller; delay: optimiser steps before the regulariser starts.
+      kp, ki: gains of the controller; windup_limit: the most its integral may be, 0 for no limit, as published.
+      per: "step" updates the controller once an optimiser step, "microbatch" as often as a step has microbatches, as the
+        public code does.
+      delay: optimiser steps before the regulariser starts.
+      score_weight: of the mean excess of attention logits over 5, which keeps them small when training from scratch (the paper
+        uses 0.5 there).
+      hard_probability: of a soft training batch in which the keys are removed as in hard deletion.
       train, evaluate: "soft" or "hard", or "" for none.
+      by_class: evaluation reports the share deleted of each class of bytes, see `experiments.byte_classes`.
     """
 
     target: float = 0.5
     controller: bool = True
+    regularizer: str = "gate_mean"
+    entropy_each: float = 0.0
+    entropy_mean: float = 0.0
     alpha: float = 0.0
     kp: float = 0.5
     ki: float = 1e-5
+    windup_limit: float = 0.0
+    per: str = "step"
     delay: int = 0
+    score_weight: float = 0.0
+    hard_probability: float = 0.0
     train: str = "soft"
     evaluate: str = "hard"
+    by_class: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.target < 1.0:
             raise ValueError(f"config.model.deletion.target is {self.target}; a share must lie in (0, 1)")
-        for name in ("train", "evaluate"):
-            if getattr(self, name) not in ("", "soft", "hard"):
-                raise ValueError(f"config.model.deletion.{name} is {getattr(self, name)!r}; one of 'soft', 'hard', ''")
+        choices = {"train": ("soft", "hard", ""), "evaluate": ("soft", "hard", ""), "per": ("step", "microbatch")}
+        choices["regularizer"] = tuple(objective.REGULARIZERS)
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"config.model.deletion.{name} is {getattr(self, name)!r}; one of {', '.join(map(repr, allowed))}"
+                )
+        weights = ("entropy_each", "entropy_mean", "alpha", "kp", "ki", "windup_limit", "delay", "score_weight")
+        for name in weights:
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.model.deletion.{name} is {getattr(self, name)}; it must be 0 or above")
+        if not 0.0 <= self.hard_probability <= 1.0:
+            raise ValueError(
+                f"config.model.deletion.hard_probability is {self.hard_probability}; a probability lies in [0, 1]"
+            )
+        if self.hard_probability and self.train != "soft":
+            raise ValueError(
+                f"config.model.deletion.hard_probability makes some soft batches hard; set train='soft' (got {self.train!r})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +94,7 @@ class Seq2Seq:
     Attributes:
       model: a T5; deletion: how its gate, if any, is used; inputs_length, targets_length: N and T.
       groups: of examples whose evaluation metrics are also reported apart, as `bits_per_byte/de`.
+      microbatches: in one optimiser step.
     """
 
     model: T5
@@ -66,6 +102,7 @@ class Seq2Seq:
     inputs_length: int
     targets_length: int
     groups: tuple[data.Group, ...] = ()
+    microbatches: int = 1
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Seq2Seq:
@@ -79,7 +116,7 @@ class Seq2Seq:
         section = dict(config.model.get("deletion", {}))
         check_keys("model.deletion", section, (field.name for field in dataclasses.fields(Deletion)))
         model = build_t5(config.model, dtype=config.dtype)
-        return cls(model, Deletion(**section), inputs, targets, data.groups(settings))
+        return cls(model, Deletion(**section), inputs, targets, data.groups(settings), microbatches=config.accumulate)
 
     @property
     def tokens_per_example(self) -> int:
@@ -113,8 +150,9 @@ class Seq2Seq:
         return {"controller": Controller.create(self.deletion.alpha)} if self.learned else {}
 
     def normalizers(self, batch: Any) -> dict[str, Any]:
-        """The numbers of decoder bytes that count and of real encoder bytes."""
+        """The numbers of examples, of decoder bytes that count and of real encoder bytes."""
         return {
+            "examples": jnp.float32(batch["labels"].shape[0]),
             "targets": jnp.sum(batch["labels"] != 0, dtype=jnp.float32),
             "inputs": jnp.sum(batch["input_ids"] != 0, dtype=jnp.float32),
         }
@@ -122,23 +160,40 @@ class Seq2Seq:
     def loss(
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
-        """Cross-entropy in nats a byte plus `alpha` times the mean gate value, and metrics."""
+        """Cross-entropy in nats a byte plus the weighted gate regulariser and score excess, and metrics."""
         mode = (self.deletion.train or None) if self.model.gate else None
-        logits, aux = self._apply(params, batch, mode, rng, deterministic=not train)
+        trained = {"hard_probability": self.deletion.hard_probability, "score_excess": self.deletion.score_weight > 0}
+        logits, aux = self._apply(params, batch, mode, rng, deterministic=not train, **trained)
         losses, mask = _byte_losses(logits, batch["labels"])
         loss = jnp.sum(losses) / normalizers["targets"]
         metrics = {"cross_entropy": (jnp.sum(losses), jnp.sum(mask))} | _accuracies(logits, batch["labels"])
+        if self.deletion.score_weight > 0:
+            metrics["score_excess"] = aux["losses"]["score_excess"]
+            loss += self.deletion.score_weight * metrics["score_excess"][0] / normalizers["examples"]
         if mode is None:
             return loss, metrics
         tokens = aux["gate_tokens"]
         metrics["deleted"] = deletion_gate.deleted_share(aux["delete_gate"], tokens, scale=self._scale)
         if self.learned:
-            total, count = deletion_gate.gate_sum(aux["delete_gate"], tokens)
-            alpha = jnp.where(step >= self.deletion.delay, extra["controller"].alpha, 0.0)
-            loss += alpha * total / normalizers["inputs"]
-            metrics |= {"gate": (total, count), "gate_alpha": (alpha * count, count)}
-            metrics |= deletion_gate.saturation(aux["delete_gate"], tokens, scale=self._scale)
+            weighted, found = self._regularize(aux, step >= self.deletion.delay, extra["controller"].alpha)
+            loss += weighted / normalizers["inputs"]
+            metrics |= found
         return loss, metrics
+
+    def _regularize(self, aux: dict[str, Any], active: Any, alpha: Any) -> tuple[Any, dict[str, Any]]:
+        """The sum over real bytes that the gate adds to the loss, and its metrics."""
+        gate, tokens = aux["delete_gate"], aux["gate_tokens"]
+        regularizer = objective.regularizer(self.deletion.regularizer)
+        total, count = regularizer(gate, aux["gate_logits"], tokens, scale=self._scale)
+        alpha = jnp.where(active, alpha, 0.0)
+        metrics = {"gate": deletion_gate.gate_sum(gate, tokens), "gate_alpha": (alpha * count, count)}
+        metrics |= {"regularizer": (total, count)} | deletion_gate.saturation(gate, tokens, scale=self._scale)
+        weighted = alpha * total
+        if self.deletion.entropy_each or self.deletion.entropy_mean:
+            each, whole = objective.entropies(gate, tokens)
+            entropy = self.deletion.entropy_each * each[0] - self.deletion.entropy_mean * whole[0]
+            weighted += jnp.where(active, entropy, 0.0)
+        return weighted, metrics
 
     def update_extra(self, extra: Any, metrics: Any, step: Any) -> Any:
         """The controller after the step, once the delay is over."""
@@ -146,6 +201,8 @@ class Seq2Seq:
             return extra
         deleted, count = metrics["deleted"]
         settings = dict(target=self.deletion.target, kp=self.deletion.kp, ki=self.deletion.ki)
+        settings["repeats"] = self.microbatches if self.deletion.per == "microbatch" else 1
+        settings["windup_limit"] = self.deletion.windup_limit or None
         moved = extra["controller"].update(deleted / count, **settings)
         active = step >= self.deletion.delay
         return {"controller": jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, extra["controller"])}
@@ -153,7 +210,7 @@ class Seq2Seq:
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
         """Cross-entropy, bits per byte, accuracies and the share of bytes left, of all examples and of each group.
 
-        Each device picks its own rung of the ladder.
+        Also how decided the gate is. Each device picks its own rung of the ladder.
         """
         del extra
         mesh = jax.sharding.get_abstract_mesh()
@@ -189,19 +246,35 @@ class Seq2Seq:
                 **_accuracies(logits, batch["labels"], weight),
             }
 
-        metrics = measured(batch["weight"])
+        metrics = measured(batch["weight"]) | self._gate_metrics(aux, batch)
         for group in self.groups:
             own = measured(batch["weight"] * (batch[group.key] == group.value))
             metrics |= {f"{name}/{group.name}": pair for name, pair in own.items()}
+        return metrics
+
+    def _gate_metrics(self, aux: dict[str, Any], batch: Any) -> dict[str, Any]:
+        """How decided a learned gate is, and the share deleted of each class of bytes where that is asked for."""
+        if aux["delete_gate"] is None:
+            return {}
+        tokens = aux["gate_tokens"]
+        tokens = tokens.replace(mass=tokens.mass * batch["weight"][:, None])
+        metrics = {}
+        if self.learned:
+            metrics = deletion_gate.saturation(aux["delete_gate"], tokens, scale=self._scale)
+        if self.deletion.by_class:
+            shares = byte_classes.deleted_by_class(aux["kept"], batch["input_ids"], tokens.valid)
+            metrics |= {f"deleted/{name}": pair for name, pair in shares.items()}
         return metrics
 
     @property
     def _scale(self) -> float:
         return dict(self.model.gate_hyper).get("scale", deletion_gate.SCALE)
 
-    def _apply(self, params: Any, batch: Any, mode: str | None, rng: Any, *, deterministic: bool) -> Any:
+    def _apply(
+        self, params: Any, batch: Any, mode: str | None, rng: Any, *, deterministic: bool, **attributes: Any
+    ) -> Any:
         dropout, drawn = jax.random.split(rng)
-        return self.model.apply(
+        return self.model.clone(**attributes).apply(
             {"params": params},
             batch["input_ids"],
             None,

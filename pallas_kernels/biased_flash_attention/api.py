@@ -6,7 +6,7 @@ Shapes: B batch, Q queries, K keys, H heads, G key heads (G divides H), d head w
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.biased_flash_attention import reference, xla
@@ -78,6 +78,44 @@ def attention_column_stats(
     options["query_weight"] = query_weight
     return dispatch.call(
         "attention_column_stats", {"xla": xla.attention_column_stats}, implementation, query, key, **options
+    )
+
+
+def attention_score_excess(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    *,
+    threshold: float = 5.0,
+    bias: Float[Array, "b H Q K"] | None = None,
+    scale: float | None = None,
+    query_mask: Bool[Array, "B Q"] | None = None,
+    key_mask: Bool[Array, "B K"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, " B"]:
+    """Mean of `max(S, threshold) - threshold` over heads, real queries and real keys: `[B]` float32, 0 without a pair.
+
+    S are the logits `scale q k + bias`, without any key bias. No more of them exists at a time than the rows of a block of
+    queries, in the backward pass too.
+
+    Args:
+      threshold: logits up to here are free.
+      query_mask, key_mask: `[B, Q]`, `[B, K]` True for what is real; all when None.
+
+    Other arguments and errors are those of `biased_attention`.
+
+    Source: Kallini et al. 2025 and the public code (scores loss of the trainer), for one map.
+
+    Differs: the public code counts padding too, with its queries as they are and its keys as 0, so that its mean depends on
+    the amount of padding.
+    """
+    _check(query, key, None, None, bias, False, "standard")
+    for name, mask, other in (("query_mask", query_mask, query), ("key_mask", key_mask, key)):
+        if mask is not None and mask.shape != other.shape[:2]:
+            raise ValueError(f"{name} must be [B, N] = {other.shape[:2]}; got {mask.shape}")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = {"threshold": threshold, "bias": bias, "scale": scale, "query_mask": query_mask, "key_mask": key_mask}
+    return dispatch.call(
+        "attention_score_excess", {"xla": xla.attention_score_excess}, implementation, query, key, **options
     )
 
 

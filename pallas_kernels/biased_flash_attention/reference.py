@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def attention_map(
@@ -60,3 +60,28 @@ def attention_column_stats(
     if query_weight is None:
         return jnp.sum(weights, axis=2)
     return jnp.einsum("bhqk,bq->bhk", weights, query_weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def attention_score_excess(
+    query: Array,
+    key: Array,
+    *,
+    threshold: float,
+    bias: Array | None,
+    scale: float,
+    query_mask: Bool[Array, "B Q"] | None,
+    key_mask: Bool[Array, "B K"] | None,
+) -> Float[Array, " B"]:
+    """`max(logits, threshold) - threshold` of the whole map, its mean over heads and pairs of real tokens."""
+    heads = query.shape[2]
+    key = jnp.repeat(key, heads // key.shape[2], axis=2).astype(jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query.astype(jnp.float32), key, precision=jax.lax.Precision.HIGHEST) * scale
+    if bias is not None:
+        logits += bias.astype(jnp.float32)
+    pairs = jnp.ones((query.shape[0], 1, query.shape[1], key.shape[1]), bool)
+    if query_mask is not None:
+        pairs &= query_mask[:, None, :, None]
+    if key_mask is not None:
+        pairs &= key_mask[:, None, None, :]
+    total = jnp.sum(jnp.where(pairs, jnp.maximum(logits, threshold) - threshold, 0.0), axis=(1, 2, 3))
+    return total / jnp.maximum(heads * jnp.sum(pairs, axis=(1, 2, 3)), 1)

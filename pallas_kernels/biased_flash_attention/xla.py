@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-# Queries whose rows of the map exist at a time in `attention_column_stats`: B H 128 K floats, a few MB at common sizes.
+# Queries whose rows of the map exist at a time where a map is summed: B H 128 K floats, a few MB at common sizes.
 _QUERY_BLOCK = 128
 
 
@@ -79,6 +79,48 @@ def attention_column_stats(
     else:
         sums, _ = jax.lax.scan(add, sums, pieces)
     return sums.reshape(batch, heads, columns)
+
+
+def attention_score_excess(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    *,
+    threshold: float,
+    bias: Float[Array, "b H Q K"] | None,
+    scale: float,
+    query_mask: Bool[Array, "B Q"] | None,
+    key_mask: Bool[Array, "B K"] | None,
+) -> Float[Array, " B"]:
+    """Mean excess of the logits over `threshold`, `_QUERY_BLOCK` queries of the map at a time."""
+    batch, length, heads, _ = query.shape
+    query_weight, key_weight = (
+        jnp.ones(x.shape[:2], jnp.float32) if mask is None else mask.astype(jnp.float32)
+        for x, mask in ((query, query_mask), (key, key_mask))
+    )
+    keys = jnp.swapaxes(_heads_first(key), -1, -2)
+    block = min(length, _QUERY_BLOCK)
+    # Queries that fill up the last block have weight 0.
+    pieces = {"query": _blocks(query * scale, 1, block), "weight": _blocks(query_weight, 1, block)}
+    if bias is not None:
+        pieces["bias"] = _blocks(bias, 2, block)
+
+    # Rows are computed again in the backward pass; otherwise the loop would keep the whole map.
+    @jax.checkpoint
+    def add(total: Array, piece: dict[str, Array]) -> tuple[Array, None]:
+        logits = jnp.matmul(_stack(piece["query"], key), keys, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits += _stack_bias(piece["bias"], key).astype(jnp.float32)
+        excess = jnp.maximum(logits, threshold) - threshold
+        rows = jnp.sum(excess * key_weight[:, None, None, :], axis=-1).reshape(batch, heads, block)
+        return total + jnp.sum(rows * piece["weight"][:, None, :], axis=(1, 2)), None
+
+    total = jnp.zeros((batch,), jnp.float32)
+    if length <= block:
+        total, _ = add(total, jax.tree.map(lambda leaf: leaf[0], pieces))
+    else:
+        total, _ = jax.lax.scan(add, total, pieces)
+    pairs = heads * jnp.sum(query_weight, axis=-1) * jnp.sum(key_weight, axis=-1)
+    return total / jnp.maximum(pairs, 1.0)
 
 
 def _exponentials(

@@ -22,12 +22,18 @@ def _mlp(params, x):
     return (_gelu(x @ gate) * (x @ hidden)) @ out
 
 
-def _attention(params, x, context, logits_bias, softmax):
-    """`x [N, D]` attends to `context [K, D]`; `logits_bias [H, N, K]`. The logits are not scaled."""
+def _attention(params, x, context, bias, softmax, key_bias=0.0, scores=None):
+    """`x [N, D]` attends to `context [K, D]`; `bias [H, N, K]`, `key_bias [K]`. The logits are not scaled.
+
+    `scores` gets the logits before the key bias.
+    """
     kernels = {name: np.asarray(params[name]["kernel"], np.float64) for name in ("query", "key", "value", "out")}
     query = np.einsum("nd,dhe->hne", x, kernels["query"])
     key, value = (np.einsum("nd,dhe->hne", context, kernels[name]) for name in ("key", "value"))
-    weights = np.exp(np.einsum("hqe,hke->hqk", query, key) + logits_bias)
+    logits = np.einsum("hqe,hke->hqk", query, key) + bias
+    if scores is not None:
+        scores.append(logits)
+    weights = np.exp(logits + key_bias)
     weights /= weights.sum(-1, keepdims=True) + (softmax == "off_by_one")
     return np.einsum("hqk,hke,hed->qd", weights, value, kernels["out"])
 
@@ -57,10 +63,11 @@ def relative_bias(params, length, bidirectional, sizes):
     return np.moveaxis(table[np.array(buckets)], -1, 0)
 
 
-def encode(params, ids, mask, sizes, *, gate=None, keep=None, gate_layer=2):
+def encode(params, ids, mask, sizes, *, gate=None, keep=None, gate_layer=2, scores=None):
     """Encoder of one row: `(normed features [M, D], key bias [M])`.
 
     `gate(x)` gives the values `[N]` that fade keys from layer `gate_layer` on; `keep(x)` the indices that stay from there on.
+    `scores` gets the logits between real tokens of the layers from `gate_layer` on.
     """
     x = np.asarray(params["embedding"]["embedding"], np.float64)[ids]
     bias = relative_bias(params["encoder_bias"], len(ids), True, sizes)
@@ -75,13 +82,17 @@ def encode(params, ids, mask, sizes, *, gate=None, keep=None, gate_layer=2):
             break
         own = params[f"encoder_{layer}"]
         normed = _norm(own["attention_norm"], x)
-        x = x + _attention(own["attention"], normed, normed, bias + key_bias, sizes["softmax"])
+        found = [] if scores is not None and layer >= gate_layer else None
+        x = x + _attention(own["attention"], normed, normed, bias, sizes["softmax"], key_bias, found)
+        if found:
+            real = np.isfinite(key_bias)
+            scores.append(found[0][:, real][:, :, real])
         x = x + _mlp(own["mlp"], _norm(own["mlp_norm"], x))
     return _norm(params["encoder_norm"], x), key_bias
 
 
-def decode(params, ids, encoded, key_bias, sizes):
-    """Logits `[T, V]` of one row."""
+def decode(params, ids, encoded, key_bias, sizes, scores=None):
+    """Logits `[T, V]` of one row; `scores` gets those of attention to real encoder tokens."""
     table = np.asarray(params["embedding"]["embedding"], np.float64)
     x, length = table[ids], len(ids)
     causal = np.where(np.tri(length, dtype=bool), 0.0, -np.inf)
@@ -90,9 +101,10 @@ def decode(params, ids, encoded, key_bias, sizes):
         own = params[f"decoder_{layer}"]
         normed = _norm(own["attention_norm"], x)
         x = x + _attention(own["attention"], normed, normed, bias, sizes["softmax"])
-        cross_bias = np.broadcast_to(key_bias, (sizes["heads"], length, len(key_bias)))
-        normed = _norm(own["cross_norm"], x)
-        x = x + _attention(own["cross_attention"], normed, encoded, cross_bias, sizes["softmax"])
+        normed, found = _norm(own["cross_norm"], x), []
+        x = x + _attention(own["cross_attention"], normed, encoded, 0.0, sizes["softmax"], key_bias, found)
+        if scores is not None:
+            scores.append(found[0][:, :, np.isfinite(key_bias)])
         x = x + _mlp(own["mlp"], _norm(own["mlp_norm"], x))
     x = _norm(params["decoder_norm"], x)
     if "head" in params:

@@ -224,3 +224,45 @@ def test_what_cannot_be_is_refused():
         Attention(5).init(jax.random.key(0), _x())
     with pytest.raises(NotImplementedError, match="no 'gpu' implementation"):
         Attention(H, implementation="gpu").init(jax.random.key(0), _x())
+
+
+@pytest.mark.parametrize("context", [None, 9])
+def test_the_score_excess_is_that_of_the_logits_between_real_tokens(context):
+    layer = Attention(H, scale=8.0)
+    source = _x() if context is None else _x(context, seed=3)
+    params = _init(layer, _x(), source)
+    key_bias = np.zeros(source.shape[:2], np.float32)
+    key_bias[0, 1], key_bias[1, -2:] = -20.0, -np.inf
+    bias = np.random.default_rng(2).normal(size=(1, H, N, source.shape[1])).astype(np.float32)
+    given = None if context is None else source
+    _, signals = layer.apply(params, _x(), given, key_bias=key_bias, bias=bias, signals=("score_excess",))
+    tree = jax.tree.map(np.asarray, params["params"])
+    query, key = (
+        np.einsum("bnd,dhk->bhnk", x, tree[name]["kernel"]) + tree[name]["bias"][:, None]
+        for name, x in (("query", _x()), ("key", source))
+    )
+    logits = 8.0 * np.einsum("bhqk,bhnk->bhqn", query, key) + bias
+    for row in range(B):
+        real = np.isfinite(key_bias[row])
+        pairs = logits[row][:, :, real] if context else logits[row][:, real][:, :, real]
+        np.testing.assert_allclose(signals.score_excess[row], np.mean(np.maximum(pairs, 5) - 5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("softmax", ["standard", "off_by_one"])
+def test_a_row_whose_keys_are_all_removed_is_finite_forward_and_backward(softmax, dtype):
+    layer = Attention(H, softmax=softmax, dtype=dtype)
+    params = _init(layer, _x())
+    key_bias = np.zeros((B, N), np.float32)
+    key_bias[1] = -np.inf
+
+    def loss(params, x, key_bias):
+        out, signals = layer.apply(params, x, key_bias=key_bias, signals=("column_sums", "score_excess"))
+        return sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in (out, *jax.tree.leaves(signals))), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(params, _x(), key_bias)
+    # What is left of the output is its bias.
+    want = np.broadcast_to(params["params"]["out"]["bias"], out[1].shape)
+    np.testing.assert_allclose(out[1].astype(np.float32), want, rtol=1e-2)
+    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(grads))
+    assert not np.any(grads[1][1]) and np.all(np.any(grads[1][0], axis=-1))

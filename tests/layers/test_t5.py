@@ -190,14 +190,18 @@ def test_a_gate_of_zero_everywhere_is_the_dense_model_exactly():
     np.testing.assert_array_equal(aux["tokens"], [[16, 9]] * 3)
 
 
-def test_hard_and_soft_deletion_agree_where_the_gate_is_decided():
+@pytest.mark.parametrize("scan", [False, True])
+def test_hard_and_soft_deletion_agree_where_the_gate_is_decided(scan):
     batch, params = draw(), sharpen(variables())
-    (soft, aux), (hard, hard_aux) = runner(MODEL, "soft")(params, *batch), runner(MODEL, "hard")(params, *batch)
+    params, model = stack_layers(params) if scan else params, MODEL.clone(scan_layers=scan)
+    (soft, aux), (hard, hard_aux) = runner(model, "soft")(params, *batch), runner(model, "hard")(params, *batch)
     gate, kept = np.asarray(aux["delete_gate"]), np.asarray(aux["kept"])
     assert np.all((gate > -1e-6) | (gate < -30 + 1e-6)) and 0 < kept.sum() < batch[1].sum()
     np.testing.assert_allclose(hard, soft, atol=1e-5)
     np.testing.assert_array_equal(hard_aux["kept"], kept)
-    soft_features, hard_features = (runner(MODEL, how)(params, *batch[:2])[0] for how in ("soft", "hard"))
+    ladder, _ = runner(model.clone(rungs=RUNGS), "hard")(params, *batch)
+    np.testing.assert_allclose(ladder, soft, atol=1e-5)
+    soft_features, hard_features = (runner(model, how)(params, *batch[:2])[0] for how in ("soft", "hard"))
     for row in range(2):
         np.testing.assert_allclose(hard_features[row, : kept[row].sum()], soft_features[row][kept[row]], atol=1e-5)
 
@@ -414,6 +418,135 @@ def test_gumbel_noise_acts_in_training_only():
     assert not np.allclose(noisy, still) and not np.allclose(noisy, other)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_soft_deletion_in_training_is_hard_deletion_with_probability_1_and_never_with_0(scan):
+    batch, params = draw(), sharpen(variables(), 5.0)
+    params, base = stack_layers(params) if scan else params, MODEL.clone(scan_layers=scan)
+    (soft, aux), (hard, _) = (runner(base, deletion)(params, *batch) for deletion in ("soft", "hard"))
+    assert not np.allclose(soft, hard, atol=1e-3)
+    for probability, want in ((0.0, soft), (1.0, hard)):
+        model = base.clone(hard_probability=probability)
+        train, train_aux = runner(model, "soft", False)(params, *batch)
+        np.testing.assert_allclose(train, want, atol=1e-5)
+        # What is regularised and counted is the gate itself, whatever the keys get.
+        np.testing.assert_allclose(train_aux["delete_gate"], aux["delete_gate"], atol=1e-6)
+        np.testing.assert_allclose(runner(model, "soft")(params, *batch)[0], soft, atol=1e-5)
+
+
+def test_a_batch_is_hard_or_soft_by_the_key():
+    batch, params = draw(), sharpen(variables(), 5.0)
+    run = runner(MODEL.clone(hard_probability=0.5), "soft", False)
+    found = [np.asarray(run(params, *batch, rng)[0]) for rng in range(12)]
+    soft, hard = (np.asarray(runner(MODEL, deletion)(params, *batch)[0]) for deletion in ("soft", "hard"))
+    is_hard = [np.allclose(logits, hard, atol=1e-5) for logits in found]
+    assert 0 < sum(is_hard) < 12
+    assert all(one or np.allclose(logits, soft, atol=1e-5) for one, logits in zip(is_hard, found, strict=True))
+
+
+def test_the_logits_of_a_learned_gate_are_handed_out_without_noise():
+    batch, model = draw(), with_gate("mrt5", gate_hyper=(("gumbel", True),))
+    still = runner(MODEL, "soft")(variables(), *batch)[1]
+    noisy = runner(model, "soft", False)(variables(), *batch)[1]
+    np.testing.assert_array_equal(noisy["gate_logits"], still["gate_logits"])
+    want = np.where(batch[1], -30 / (1 + np.exp(still["gate_logits"])), -30)
+    np.testing.assert_allclose(still["delete_gate"], want, rtol=1e-5)
+    assert runner(with_gate("by_digit"), "soft")(variables(), *batch)[1]["gate_logits"] is None
+
+
+# --- Score excess -------------------------------------------------------------------------------------------------
+
+
+def louder(params):
+    """Queries large enough for many logits over 5."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: 8 * leaf if "query" in jax.tree_util.keystr(path) else leaf, params
+    )
+
+
+@pytest.mark.parametrize(("gate_layer", "deletion"), [(2, "soft"), (2, "hard"), (3, "soft"), (1, None)])
+def test_the_score_excess_equals_the_numpy_restatement(gate_layer, deletion):
+    batch, params = draw(3), louder(variables())
+    model = with_gate("by_digit", gate_layer=gate_layer, score_excess=True, rungs=RUNGS)
+    logits, aux = runner(model, deletion)(params, *batch)
+    total, count = aux["losses"]["score_excess"]
+    rows = []
+    for row, (ids, mask, decoder_ids) in enumerate(zip(*batch, strict=True)):
+        how = {}
+        if deletion == "soft":
+            how["gate"] = lambda x, ids=ids, mask=mask: np.where(mask, -30.0 * (ids % 10) / 9, -30)
+        if deletion == "hard":
+            how["keep"] = lambda x, ids=ids, mask=mask: survivors(ids, mask)
+        scores = []
+        encoded, key_bias = numpy_t5.encode(params, ids, mask, SIZES, gate_layer=gate_layer, scores=scores, **how)
+        want = numpy_t5.decode(params, decoder_ids, encoded, key_bias, SIZES, scores=scores)
+        np.testing.assert_allclose(logits[row], want, atol=2e-3)
+        assert len(scores) == 3 - gate_layer + 1
+        rows.append(np.mean([np.mean(np.maximum(logits, 5) - 5) for logits in scores]))
+    assert count == 2 and min(rows) > 0.05
+    np.testing.assert_allclose(total, sum(rows), rtol=1e-3)
+
+
+@pytest.mark.parametrize("deletion", ["soft", "hard"])
+def test_the_score_excess_is_the_same_scanned_recomputed_on_a_ladder_and_with_more_padding(deletion):
+    batch, params = draw(3), sharpen(louder(variables()), 5.0)
+    model = MODEL.clone(score_excess=True)
+    want = runner(model, deletion)(params, *batch)[1]["losses"]["score_excess"]
+    assert float(want[0]) > 0.1
+    scanned = model.clone(scan_layers=True, remat=True, rungs=RUNGS)
+    wider = draw(3, length=24)
+    for got in (
+        runner(scanned, deletion)(stack_layers(params), *batch)[1],
+        runner(model.clone(rungs=RUNGS), deletion)(params, *wider)[1],
+    ):
+        np.testing.assert_allclose(got["losses"]["score_excess"], want, rtol=1e-4)
+
+
+def test_the_score_excess_is_there_only_when_asked_for_and_changes_nothing_else():
+    batch = draw()
+    plain, aux = runner(MODEL, "soft")(variables(), *batch)
+    scored, scored_aux = runner(MODEL.clone(score_excess=True), "soft")(variables(), *batch)
+    np.testing.assert_allclose(scored, plain, atol=1e-6)
+    assert aux["losses"] == {} and set(scored_aux["losses"]) == {"score_excess"}
+    # Without a decoder and with the gate after the last layer there is no map.
+    _, none = runner(MODEL.clone(score_excess=True, gate_layer=3), "soft")(variables(), *batch[:2])
+    assert none["losses"] == {}
+
+
+def test_the_gradient_of_the_score_excess_pulls_down_large_logits_only():
+    batch, params = draw(3), louder(variables())
+    run = runner(MODEL.clone(score_excess=True), "soft").__wrapped__
+
+    def total(params):
+        return run(params, *batch)[1]["losses"]["score_excess"][0]
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(params)
+    moved = jax.tree.map(lambda leaf, slope: leaf - 1e-3 * slope, params, gradient)
+    assert jax.jit(total)(moved) < value
+    assert np.any(gradient["encoder_2"]["attention"]["query"]["kernel"])
+    assert np.any(gradient["decoder_0"]["cross_attention"]["query"]["kernel"])
+    # The last map's values and the decoder's own attention above it have no part in any logit that counts.
+    assert not np.any(gradient["decoder_0"]["cross_attention"]["value"]["kernel"])
+    quiet = jax.jit(total)(jax.tree.map(lambda leaf: 0.1 * leaf, params))
+    assert float(quiet) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("how", [{}, {"scan_layers": True}])
+def test_a_row_of_padding_alone_has_finite_outputs_and_gradients(how, dtype):
+    batch = draw(3, (LENGTH, 0))
+    params = stack_layers(variables()) if how else variables()
+    model = MODEL.clone(dtype=dtype, hard_probability=1.0, score_excess=True, **how)
+    run = runner(model, "soft", False).__wrapped__
+
+    def loss(params):
+        logits, aux = run(params, *batch)
+        return jnp.sum(logits**2) + aux["losses"]["score_excess"][0] + jnp.sum(aux["delete_gate"]), logits
+
+    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert np.all(np.isfinite(logits))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
 def test_the_scale_of_a_gate_moves_its_threshold_too():
     batch = draw(3)
     model = with_gate("by_digit", gate_hyper=(("scale", -8.0),))
@@ -427,6 +560,7 @@ def test_the_scale_of_a_gate_moves_its_threshold_too():
     [
         ({"gate_layer": 4}, r"gate_layer must lie in 1\.\.3 \(the encoder\); got 4"),
         ({"gate_layer": 0}, r"gate_layer must lie in 1\.\.3 \(the encoder\); got 0"),
+        ({"hard_probability": -0.1}, r"hard_probability must lie in \[0, 1\]; got -0.1"),
         ({"gate": "tome"}, "gate='tome' is no deletion method; one of .*mrt5"),
         ({"gate": "mrt6"}, "'mrt6'; did you mean 'mrt5'"),
         ({"rungs": (8, 16), "capacity": 8}, "give rungs .* or capacity .*, not both"),

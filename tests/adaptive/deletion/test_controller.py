@@ -76,6 +76,74 @@ def test_gains_and_smoothing_do_what_they_say():
     assert float(pure_integral.alpha) == pytest.approx(0.3)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12), st.integers(1, 5))
+def test_repeats_are_as_many_updates_with_the_same_share(rates, repeats):
+    settings_ = dict(target=0.3, kp=0.4, ki=1e-2)
+    together = one_by_one = Controller.create()
+    for rate in rates:
+        together = together.update(rate, repeats=repeats, **settings_)
+        for _ in range(repeats):
+            one_by_one = one_by_one.update(rate, **settings_)
+    for got, want in zip(jax.tree.leaves(together), jax.tree.leaves(one_by_one), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=40, max_size=40), st.sampled_from([1e-3, 0.03, 0.1]))
+def test_with_a_limit_the_integral_stays_in_its_range_and_alpha_near_it(rates, limit):
+    def step(state, rate):
+        state = state.update(rate, target=0.5, kp=0.2, ki=0.03, windup_limit=limit)
+        return state, (state.integral, state.alpha)
+
+    _, (integrals, alphas) = jax.lax.scan(step, Controller.create(), jnp.asarray(rates, jnp.float32))
+    assert np.all((np.asarray(integrals) >= 0) & (integrals <= np.float32(limit)))
+    # The proportional part is at most kp times the largest error, which is 0.5 here.
+    assert np.all((np.asarray(alphas) >= 0) & (alphas <= limit + 0.2 * 0.5 + 1e-6))
+
+
+def steps_back(limit, first, then):
+    """Steps of `then` until alpha leaves (or comes to) 0, after 500 steps of `first`."""
+
+    def step(state, rate):
+        state = state.update(rate, target=0.5, kp=0.05, ki=1e-3, windup_limit=limit)
+        return state, state.alpha
+
+    rates = jnp.concatenate([jnp.full(500, first), jnp.full(1000, then)])
+    alphas = np.asarray(jax.lax.scan(step, Controller.create(), rates)[1])[500:]
+    return int(np.argmax(alphas > 0)) if alphas[0] == 0 else int(np.argmax(alphas == 0))
+
+
+@pytest.mark.parametrize(("first", "then"), [(0.9, 0.4), (0.1, 0.6)])
+def test_a_limit_shortens_the_way_back_after_a_long_error_of_one_sign(first, then):
+    # Without a limit an error of 0.4 over 500 steps takes an error of 0.1 about 2,000 steps to undo.
+    limited, free = steps_back(0.02, first, then), steps_back(None, first, then)
+    assert limited < 250 and (free == 0 or free > 3 * limited)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+@pytest.mark.parametrize("limit", [None, 0.2])
+def test_a_sluggish_plant_comes_within_two_points_of_every_target_and_stays(target, limit):
+    # Deletion follows a sigmoid of alpha with a lag of ten steps, from 2 % without any reward; 80 % takes 0.056.
+    def plant(alpha):
+        return jax.nn.sigmoid(100 * alpha - 4.0)
+
+    def step(carry, _):
+        state, deleted = carry
+        deleted = 0.9 * deleted + 0.1 * plant(state.alpha)
+        return (state.update(deleted, target=target, kp=0.05, ki=2e-3, windup_limit=limit), deleted), deleted
+
+    _, rates = jax.jit(lambda: jax.lax.scan(step, (Controller.create(), jnp.float32(0)), None, length=400))()
+    assert np.all(np.abs(np.asarray(rates[300:]) - target) < 0.02)
+
+
+def test_a_plant_that_deletes_by_itself_gets_no_reward_for_deletion():
+    _, alphas = jax.lax.scan(
+        lambda state, _: (moved := update(state, 0.6), moved.alpha), Controller.create(), length=50
+    )
+    np.testing.assert_array_equal(alphas, 0)
+
+
 def test_a_closed_loop_settles_at_the_target():
     # A gate that deletes more the more it is rewarded for it.
     state, deleted = Controller.create(), 0.0
@@ -102,3 +170,18 @@ def test_the_state_is_a_pytree_of_float32_scalars_that_keeps_its_types():
 def test_a_target_that_is_no_share_is_refused(target):
     with pytest.raises(ValueError, match=rf"must lie in \(0, 1\); got {target}"):
         Controller.create().update(0.0, target=target)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kp": -1.0}, r"kp and ki must not be negative.*got -1.0"),
+        ({"ki": -1e-5}, r"kp and ki must not be negative.*-1e-05"),
+        ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\); got .* and 1.0"),
+        ({"repeats": 0}, r"repeats must be at least 1 .*got 0"),
+        ({"windup_limit": 0.0}, r"windup_limit positive or None; got 1 and 0.0"),
+    ],
+)
+def test_gains_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Controller.create().update(0.0, target=0.5, **wrong)

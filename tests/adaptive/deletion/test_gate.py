@@ -198,3 +198,42 @@ def test_saturation_counts_decided_gates_and_bits_of_indecision():
     assert [float(part) for part in found["gate_saturated"]] == [2, 4]
     quarter = -(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75))
     np.testing.assert_allclose(found["gate_entropy"], [1 + quarter, 4], atol=1e-4)
+
+
+# --- Hard deletion as gate values -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(gate=GATES, lengths=LENGTHS)
+def test_a_masked_gate_is_zero_where_a_token_stays_and_removes_the_key_elsewhere(gate, lengths):
+    found = np.asarray(deletion_gate.masked(gate, make_tokens(lengths)))
+    for row in range(2):
+        stay = loop_kept(gate[row], lengths[row])
+        np.testing.assert_array_equal(found[row], [0.0 if i in stay else -np.inf for i in range(LENGTH)])
+
+
+def test_batches_are_masked_as_a_whole_with_the_named_probability():
+    tokens, gate = make_tokens(), np.linspace(SCALE, 0, 2 * LENGTH, dtype=np.float32).reshape(2, LENGTH)
+    draw = jax.jit(jax.vmap(lambda key: deletion_gate.sometimes_masked(gate, tokens, key, probability=0.3)))
+    found = np.asarray(draw(jax.random.split(jax.random.key(0), 2_000)))
+    masked = np.asarray(deletion_gate.masked(gate, tokens))
+    is_masked = np.all(found == masked, axis=(1, 2))
+    assert np.all(is_masked | np.all(found == gate, axis=(1, 2)))
+    assert abs(is_masked.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 2_000)
+
+
+@pytest.mark.parametrize(("probability", "trained"), [(0.0, True), (1.0, False)])
+def test_a_masked_batch_has_no_gradient_for_the_gate(probability, trained):
+    tokens, gate = make_tokens(), jnp.linspace(SCALE, 0, 2 * LENGTH).reshape(2, LENGTH)
+
+    def faded(gate):
+        values = deletion_gate.sometimes_masked(gate, tokens, jax.random.key(0), probability=probability)
+        return jnp.sum(jnp.exp(values))
+
+    gradient = jax.grad(faded)(gate)
+    assert np.all(np.isfinite(gradient)) and bool(np.any(gradient)) == trained
+
+
+def test_a_probability_outside_0_and_1_is_refused():
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]; got 1.5"):
+        deletion_gate.sometimes_masked(jnp.zeros((2, LENGTH)), make_tokens(), jax.random.key(0), probability=1.5)

@@ -75,7 +75,7 @@ def _source(**kwargs):
         name: np.arange(size, dtype=np.uint8) + base
         for name, size, base in (("a", 40, 0), ("b", 80, 60), ("c", 70, 160))
     }
-    return languages.LanguageSource(texts, NextByte(0, 10), names=("a", "b", "c", "d"), **kwargs)
+    return languages.LanguageSource(texts, NextByte(1, 10), names=("a", "b", "c", "d"), **kwargs)
 
 
 def _entropy(count):
@@ -167,7 +167,7 @@ def test_mistakes_are_refused(folder, tmp_path_factory):
         data.groups(_config(""))
     with pytest.raises(ValueError, match="matches no file"):
         data.groups(_config(str(tmp_path_factory.mktemp("nothing"))))
-    with pytest.raises(ValueError, match="'zh' has 480 bytes but one example needs 608"):
+    with pytest.raises(ValueError, match="'zh' has 480 bytes but one example needs 607"):
         _build(_config(folder, context=600))
     with pytest.raises(ValueError, match="eval_examples=-1"):
         _build(_config(folder, eval_examples=-1))

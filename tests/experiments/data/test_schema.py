@@ -63,7 +63,7 @@ def test_mistakes_are_refused(config, message):
             {"source": "text", "text": "languages", "objective": "next_byte", "context": 48, "targets_length": 4},
             (48, 4),
         ),
-        ({"source": "text", "objective": "next_byte", "context": 0}, (1, 512)),
+        ({"source": "text", "objective": "next_byte", "context": 1}, (1, 512)),
         ({"source": "diagnostic", "length": 32}, (32, 32)),
         ({"source": "characters"}, (64, 64)),
         ({"source": "characters", "characters": "word_search"}, (128, 16)),

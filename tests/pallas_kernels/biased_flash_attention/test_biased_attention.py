@@ -15,6 +15,7 @@ from pallas_kernels.biased_flash_attention import (
     api,
     attention_column_stats,
     attention_map,
+    attention_score_excess,
     biased_attention,
     reference,
 )
@@ -207,6 +208,61 @@ class TestImplementation:
         assert largest(stats) < whole
         assert largest(jax.grad(lambda query, key: jnp.sum(stats(query, key) ** 2))) < whole
 
+    @pytest.mark.parametrize("softmax", api.SOFTMAX)
+    def test_rows_without_a_key_are_finite_in_bfloat16_too(self, implementation, softmax):
+        inputs = _inputs()
+        key_bias = np.zeros((B, K), np.float32)
+        key_bias[1] = -np.inf
+        args = [inputs[name].astype(jnp.bfloat16) for name in ("query", "key", "value", "bias")]
+
+        def run(query, key, value, bias, key_bias):
+            options = {"key_bias": key_bias, "bias": bias, "softmax": softmax, "implementation": implementation}
+            return biased_attention(query, key, value, **options)
+
+        out, pull = jax.vjp(run, *args, key_bias)
+        assert not np.any(out[1]) and np.all(np.isfinite(out.astype(np.float32)))
+        grads = pull(jnp.ones_like(out))
+        assert all(np.all(np.isfinite(np.asarray(grad, np.float32))) for grad in grads)
+        assert not any(np.any(np.asarray(grad[1], np.float32)) for grad in (*grads[:3], grads[4]))
+
+    @pytest.mark.parametrize(("queries", "names"), [(Q, ("bias",)), (150, ()), (150, ("bias",))])
+    def test_score_excess_equals_a_loop_in_value_and_gradient(self, implementation, queries, names):
+        inputs = _inputs(queries=queries)
+        options = {name: inputs[name] for name in names} | {"scale": 1.0, "threshold": 1.5}
+        masks = {"query_mask": np.arange(queries) < np.array([[queries], [3]]), "key_mask": inputs["key_bias"] > -1}
+        key = np.repeat(inputs["key"], H // G, axis=2)
+        logits = np.einsum("bqhd,bkhd->bhqk", inputs["query"].astype(np.float64), key)
+        logits += inputs["bias"] if "bias" in names else 0.0
+        for chosen in ({}, masks):
+            real = [chosen[name][row] if chosen else slice(None) for row in range(B) for name in masks]
+            rows = [logits[row][:, real[2 * row]][:, :, real[2 * row + 1]] for row in range(B)]
+            run = functools.partial(attention_score_excess, implementation=implementation, **options, **chosen)
+            found, pull = jax.vjp(run, inputs["query"], inputs["key"])
+            expected = [np.mean(np.maximum(row, 1.5) - 1.5) for row in rows]
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+            assert min(expected) > 0.1
+            plain = dict.fromkeys(("bias", *masks)) | options | chosen
+            _, pull_reference = jax.vjp(
+                functools.partial(reference.attention_score_excess, **plain), inputs["query"], inputs["key"]
+            )
+            for mine, other in zip(pull(jnp.ones(B)), pull_reference(jnp.ones(B)), strict=True):
+                np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-7)
+
+    def test_score_excess_is_free_up_to_the_threshold_and_zero_without_a_pair(self, implementation):
+        query, key = np.ones((2, 3, 1, 4), np.float32), np.ones((2, 5, 1, 4), np.float32)
+        run = functools.partial(attention_score_excess, query, key, implementation=implementation)
+        np.testing.assert_array_equal(run(scale=1.25), 0)
+        np.testing.assert_allclose(run(scale=1.5), 1)
+        np.testing.assert_allclose(run(scale=1.5, key_mask=np.array([[True] * 5, [False] * 5])), [1, 0])
+        # The default scale is that of attention: d ** -0.5.
+        np.testing.assert_allclose(run(threshold=1.5), 0.5)
+
+    def test_score_excess_never_holds_the_whole_map(self, implementation):
+        shape = jax.ShapeDtypeStruct((1, 1024, 2, 8), jnp.float32)
+        run = functools.partial(attention_score_excess, implementation=implementation)
+        for function in (run, jax.grad(lambda query, key: jnp.sum(run(query, key)))):
+            assert max(_sizes(jax.make_jaxpr(function)(shape, shape).jaxpr)) < 2 * 1024 * 1024
+
     @settings(max_examples=20, deadline=None)
     @given(seed=st.integers(0, 2**16), shift=st.floats(-20.0, 20.0))
     def test_invariants(self, implementation, seed, shift):
@@ -276,7 +332,13 @@ def test_a_query_weight_that_does_not_fit_is_refused():
         attention_column_stats(_inputs()["query"], _inputs()["key"], query_weight=np.zeros((B, K)))
 
 
-@pytest.mark.parametrize("function", [biased_attention, attention_column_stats])
+@pytest.mark.parametrize("name", ["query_mask", "key_mask"])
+def test_a_mask_that_does_not_fit_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} must be \[B, N\] = .*; got \(2, 6\)"):
+        attention_score_excess(_inputs()["query"], _inputs()["key"], **{name: np.ones((B, 6), bool)})
+
+
+@pytest.mark.parametrize("function", [biased_attention, attention_column_stats, attention_score_excess])
 def test_a_missing_implementation_says_what_there_is(function):
     args = [_inputs()[name] for name in ("query", "key", "value") if name in inspect.signature(function).parameters]
     with pytest.raises(NotImplementedError, match=r"no 'tpu' implementation; there is 'xla'"):

@@ -22,6 +22,7 @@ class EncoderLayer(nn.Module):
     mlp_dim: int
     softmax: str
     dropout: float
+    epsilon: float
     dtype: Any
 
     @nn.compact
@@ -31,12 +32,10 @@ class EncoderLayer(nn.Module):
         """`x` after the layer; `bias [1 or B, H, N, N]`, `key_bias [B, N]`."""
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         attended, found = _attention(self, "attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
+            _norm(self, "attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
         )
         x = x + drop(attended)
-        return x + drop(
-            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        ), found
+        return x + drop(_mlp(self, x.shape[-1])(_norm(self, "mlp_norm")(x), deterministic=deterministic)), found
 
 
 class DecoderLayer(nn.Module):
@@ -47,6 +46,7 @@ class DecoderLayer(nn.Module):
     mlp_dim: int
     softmax: str
     dropout: float
+    epsilon: float
     dtype: Any
 
     @nn.compact
@@ -60,17 +60,17 @@ class DecoderLayer(nn.Module):
     ) -> Float[Array, "B T D"]:
         """`x` after the layer; `encoded` is attended to with `key_bias [B, M]`."""
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        own, _ = _attention(self, "attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, causal=True
-        )
+        own, _ = _attention(self, "attention", x.shape[-1])(_norm(self, "attention_norm")(x), bias=bias, causal=True)
         x = x + drop(own)
         cross, _ = _attention(self, "cross_attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="cross_norm")(x), encoded, key_bias=key_bias
+            _norm(self, "cross_norm")(x), encoded, key_bias=key_bias
         )
         x = x + drop(cross)
-        return x + drop(
-            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        )
+        return x + drop(_mlp(self, x.shape[-1])(_norm(self, "mlp_norm")(x), deterministic=deterministic))
+
+
+def _norm(layer: EncoderLayer | DecoderLayer, name: str) -> RMSNorm:
+    return RMSNorm(layer.epsilon, dtype=layer.dtype, name=name)
 
 
 def _attention(layer: EncoderLayer | DecoderLayer, name: str, width: int) -> Attention:

@@ -88,7 +88,7 @@ class T5(nn.Module):
       hard_probability: of a training batch in which soft deletion removes keys as hard deletion would.
       score_excess: puts the pair "score_excess" into the losses: the mean of `max(S, 5) - 5` over the logits S, before gate
         values, of the encoder's self-attention above the gate and of all cross-attention; summed over rows, and their number.
-      dropout, tie_embeddings, num_buckets, max_distance: as in T5.
+      dropout, tie_embeddings, num_buckets, max_distance, epsilon (of the norms): as in T5.
       remat: recompute each layer in the backward pass; scan_layers: one compiled layer for the whole stack.
       dtype: of the computation; parameters stay float32.
 
@@ -117,6 +117,7 @@ class T5(nn.Module):
     tie_embeddings: bool = False
     num_buckets: int = 32
     max_distance: int = 128
+    epsilon: float = 1e-6
     remat: bool = False
     scan_layers: bool = False
     dtype: Any = jnp.float32
@@ -133,7 +134,7 @@ class T5(nn.Module):
             embedding_init=nn.initializers.normal(self.width**-0.5),
         )
         self.encoder_bias = RelativeBias(self.heads, bidirectional=True, **bias)
-        self.encoder_norm = RMSNorm(dtype=self.dtype)
+        self.encoder_norm = RMSNorm(self.epsilon, dtype=self.dtype)
         split = self.gate_layer if self.gate else 0
         self.lower = self._stack(ScannedEncoderLayer, EncoderLayer, range(split), "lower_stack")
         self.upper = self._stack(ScannedEncoderLayer, EncoderLayer, range(split, self.encoder_layers), "upper_stack")
@@ -142,7 +143,7 @@ class T5(nn.Module):
         if self.decoder_layers:
             self.decoder_bias = RelativeBias(self.heads, bidirectional=False, **bias)
             self.decoder = self._stack(ScannedDecoderLayer, DecoderLayer, range(self.decoder_layers), "decoder_stack")
-            self.decoder_norm = RMSNorm(dtype=self.dtype)
+            self.decoder_norm = RMSNorm(self.epsilon, dtype=self.dtype)
             if not self.tie_embeddings:
                 self.head = nn.Dense(
                     self.vocab_size,
@@ -178,6 +179,7 @@ class T5(nn.Module):
             mlp_dim=self.mlp_dim,
             softmax=self.softmax,
             dropout=self.dropout,
+            epsilon=self.epsilon,
             dtype=self.dtype,
             score_excess=self.score_excess and name != "lower_stack",
         )

@@ -25,6 +25,7 @@ class EncoderLayer(nn.Module):
     mlp_dim: int
     softmax: str
     dropout: float
+    epsilon: float
     dtype: Any
     score_excess: bool = False
 
@@ -36,12 +37,10 @@ class EncoderLayer(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         signals += _own_signals(self)
         attended, found = _attention(self, "attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
+            _norm(self, "attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
         )
         x = x + drop(attended)
-        return x + drop(
-            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        ), found
+        return x + drop(_mlp(self, x.shape[-1])(_norm(self, "mlp_norm")(x), deterministic=deterministic)), found
 
 
 class DecoderLayer(nn.Module):
@@ -55,6 +54,7 @@ class DecoderLayer(nn.Module):
     mlp_dim: int
     softmax: str
     dropout: float
+    epsilon: float
     dtype: Any
     score_excess: bool = False
 
@@ -69,21 +69,22 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"] | None]:
         """`x` after the layer; `encoded` is attended to with `key_bias [B, M]`."""
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        own, _ = _attention(self, "attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, causal=True
-        )
+        own, _ = _attention(self, "attention", x.shape[-1])(_norm(self, "attention_norm")(x), bias=bias, causal=True)
         x = x + drop(own)
         cross, found = _attention(self, "cross_attention", x.shape[-1])(
-            RMSNorm(dtype=self.dtype, name="cross_norm")(x), encoded, key_bias=key_bias, signals=_own_signals(self)
+            _norm(self, "cross_norm")(x), encoded, key_bias=key_bias, signals=_own_signals(self)
         )
         x = x + drop(cross)
-        return x + drop(
-            _mlp(self, x.shape[-1])(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        ), found.score_excess
+        x = x + drop(_mlp(self, x.shape[-1])(_norm(self, "mlp_norm")(x), deterministic=deterministic))
+        return x, found.score_excess
 
 
 def _own_signals(layer: EncoderLayer | DecoderLayer) -> tuple[str, ...]:
     return ("score_excess",) if layer.score_excess else ()
+
+
+def _norm(layer: EncoderLayer | DecoderLayer, name: str) -> RMSNorm:
+    return RMSNorm(layer.epsilon, dtype=layer.dtype, name=name)
 
 
 def _attention(layer: EncoderLayer | DecoderLayer, name: str, width: int) -> Attention:

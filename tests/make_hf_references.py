@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the tiny random checkpoints under tests/data/hf with the outputs that their own libraries give for them.
+
+    python tests/make_hf_references.py t5
+    python tests/make_hf_references.py mrt5 --mrt5-code=DIR
+
+`t5` needs torch 2.13.0, transformers 5.23.0 and safetensors; no part of the project does, and tests read the stored files
+only. `mrt5` needs DIR, a checkout of https://github.com/jkallini/mrt5, and the version of transformers that it names, 4.39.1,
+with torch 2.13.0: so it runs in an environment of its own, and the public code needs no change there.
+
+Each folder of tests/data/hf holds config.json and tensors as they are published, and references.npz: `input_ids [B, N]`,
+`attention_mask [B, N]`, `decoder_input_ids [B, T]`, and what the library computes from them in float32: "logits [B, T, V]"
+or, for an encoder, "features [B, N, D]"; for an MrT5 the logits "soft" and "hard", and "delete_gate [B, N]". The last
+row of a batch is padded to a single token. Where tensors are stored in half precision, the library reads those.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+FOLDER = pathlib.Path(__file__).parent / "data" / "hf"
+LENGTHS = (7, 4, 1)
+# The inner widths, 2 * 8 and 3 * 4, differ from the widths; few buckets, so that short sequences reach the logarithmic ones.
+SMALL = dict(d_model=12, d_kv=8, d_ff=16, num_heads=2, num_layers=2, num_decoder_layers=2)
+WIDE = dict(
+    d_model=20, d_kv=4, d_ff=16, num_heads=3, num_layers=3, num_decoder_layers=1,
+    relative_attention_num_buckets=8, relative_attention_max_distance=6, layer_norm_epsilon=1e-3,
+)  # fmt: skip
+# Folder: config, dtype of the file. As published: tie_word_embeddings is false for ByT5, mT5 and T5 1.1.
+T5 = {
+    "byt5_small": ("T5ForConditionalGeneration", dict(SMALL, vocab_size=384, tie_word_embeddings=False), torch.float32),
+    "byt5_wide": ("T5ForConditionalGeneration", dict(WIDE, vocab_size=384, tie_word_embeddings=False), torch.bfloat16),
+    "mt5_small": ("MT5ForConditionalGeneration", dict(SMALL, vocab_size=72, tie_word_embeddings=False), torch.float16),
+    "mt5_wide": ("MT5ForConditionalGeneration", dict(WIDE, vocab_size=72, tie_word_embeddings=False), torch.bfloat16),
+    "t5_tied_small": ("T5ForConditionalGeneration", dict(SMALL, vocab_size=72), torch.float16),
+    "t5_tied_wide": ("T5ForConditionalGeneration", dict(WIDE, vocab_size=72), torch.bfloat16),
+    "t5_encoder_small": ("T5EncoderModel", dict(SMALL, vocab_size=72), torch.float16),
+    "mt5_encoder_wide": ("MT5EncoderModel", dict(WIDE, vocab_size=72), torch.bfloat16),
+}
+GATE = dict(
+    vocab_size=72, tie_word_embeddings=False, use_softmax1=True, deletion_type="scaled_sigmoid",
+    sigmoid_mask_scale=-30.0, deletion_threshold=-15.0, has_absolute_position_embeddings=False,
+)  # fmt: skip
+MRT5 = {
+    "mrt5_small": (dict(SMALL, **GATE, delete_gate_layer=1), torch.float16),
+    "mrt5_wide": (dict(WIDE, **GATE, delete_gate_layer=2), torch.bfloat16),
+}
+
+
+def batch(vocabulary, seed, encoder=False):
+    """Ids with right padding, and 0 only there; the decoder starts with 0."""
+    rng = np.random.default_rng(seed)
+    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+    ids = np.where(mask, rng.integers(3, vocabulary, mask.shape), 0)
+    start = np.pad(rng.integers(3, vocabulary, (len(LENGTHS), 2)), ((0, 0), (1, 0)))
+    arrays = dict(input_ids=ids, attention_mask=mask.astype(int)) | ({} if encoder else dict(decoder_input_ids=start))
+    return {name: torch.tensor(array) for name, array in arrays.items()}
+
+
+def randomise(model, seed, dtype):
+    """Values large enough that every parameter shows in the output, exact in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    head = getattr(model, "lm_head", None)
+    if head is not None and not model.config.to_dict().get("scale_decoder_outputs", model.config.tie_word_embeddings):
+        # transformers 5 ties whatever the config says; published checkpoints of these models are not tied.
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            values = 1 + 0.2 * values
+        elif "relative_attention_bias" not in name and "shared" not in name and "bias" not in name:
+            values = values * parameter.shape[-1] ** -0.5
+        parameter.data = values.to(dtype).float()
+
+
+def write(name, model, config, dtype, arrays):
+    """One folder: tensors and config as published, and the outputs."""
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tensors = {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
+    repeated = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    if getattr(model, "lm_head", None) is not None and model.lm_head.weight is model.shared.weight:
+        repeated.add("lm_head.weight")
+    tensors = {key: value for key, value in tensors.items() if key not in repeated}
+    if name != "mt5_wide":
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    else:
+        save_sharded(tensors, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    np.savez_compressed(folder / "references.npz", **{key: array.detach().numpy() for key, array in arrays.items()})
+
+
+def save_sharded(tensors, folder):
+    """Two files and an index."""
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({key: tensors[key] for key in part}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: file for file, part in parts.items() for key in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index) + "\n")
+
+
+def t5():
+    """T5, ByT5 and mT5 by transformers."""
+    import transformers
+
+    for seed, (name, (architecture, settings, dtype)) in enumerate(T5.items()):
+        kind = "mt5" if architecture.startswith("MT5") else "t5"
+        settings = dict(settings, feed_forward_proj="gated-gelu")
+        made = {"mt5": transformers.MT5Config, "t5": transformers.T5Config}[kind](**settings)
+        model = getattr(transformers, architecture)(made).eval()
+        if kind == "mt5" and "lm_head" in dir(model):
+            model.config.tie_word_embeddings = False
+        randomise(model, seed, dtype)
+        inputs = batch(settings["vocab_size"], seed, encoder="Encoder" in architecture)
+        config = {"model_type": kind, "architectures": [architecture], **settings}
+        config |= {"torch_dtype": str(dtype).removeprefix("torch."), "decoder_start_token_id": 0, "pad_token_id": 0}
+        write(name, model, config, dtype, inputs)
+        # From the folder, so that the outputs are what a reader of the published files gets.
+        read = getattr(transformers, architecture).from_pretrained(FOLDER / name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            output = read(**inputs)
+        arrays = {"features": output.last_hidden_state} if "Encoder" in architecture else {"logits": output.logits}
+        np.savez_compressed(
+            FOLDER / name / "references.npz", **{key: array.numpy() for key, array in (inputs | arrays).items()}
+        )
+
+
+def mrt5(code):
+    """MrT5 by the public code."""
+    sys.path.insert(0, str(code))
+    from models.modeling_mrt5 import MrT5Config, MrT5ForConditionalGeneration
+
+    for name, (settings, dtype) in MRT5.items():
+        settings = dict(settings, feed_forward_proj="gated-gelu")
+        model = MrT5ForConditionalGeneration(MrT5Config(**settings)).eval()
+        seed, (inputs, outputs) = next((seed, found) for seed in range(1000) if (found := deleting(model, seed, dtype)))
+        # As the public upload script writes it.
+        config = dict(model.config.to_diff_dict(), architectures=["MrT5ForConditionalGeneration"], model_type="mrt5")
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        arrays = {mode: output.logits for mode, output in outputs.items()}
+        write(name, model, config, dtype, inputs | arrays | {"delete_gate": outputs["soft"].delete_gate_output[..., 0]})
+        print(f"{name}: seed {seed}")
+
+
+def deleting(model, seed, dtype):
+    """Inputs and outputs when hard deletion keeps some tokens of each row, not all, at different counts; else None."""
+    randomise(model, seed, dtype)
+    inputs = batch(model.config.vocab_size, seed)
+    with torch.no_grad():
+        try:
+            outputs = {"soft": model(**inputs)}
+        except ValueError:  # every token is deleted
+            return None
+        gate = outputs["soft"].delete_gate_output[..., 0]
+        kept = ((gate > model.config.deletion_threshold) & (inputs["attention_mask"] == 1)).sum(-1).tolist()
+        if not (1 < kept[0] < LENGTHS[0] and 1 <= kept[1] < LENGTHS[1] and kept[2] == 1 and kept[0] != kept[1]):
+            return None
+        outputs["hard"] = model(**inputs, hard_delete=True)
+        if outputs["hard"].logits.isnan().any():
+            return None
+        return inputs, outputs
+
+
+def main():
+    """Reads the arguments and writes the folders."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("t5", "mrt5"))
+    parser.add_argument("--mrt5-code", type=pathlib.Path, help="a checkout of the public MrT5 code")
+    options = parser.parse_args()
+    if options.what == "mrt5" and options.mrt5_code is None:
+        parser.error("mrt5 needs --mrt5-code=DIR")
+    torch.manual_seed(0)
+    t5() if options.what == "t5" else mrt5(options.mrt5_code)
+
+
+if __name__ == "__main__":
+    main()

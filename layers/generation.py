@@ -202,24 +202,39 @@ def _generate_t5(
     key: Array | None,
     rngs: dict[str, Array],
 ) -> tuple[Generation, dict[str, Any]]:
-    settings = dict(settings)
     encoded = model.apply(variables, input_ids, attention_mask, deletion=deletion, rngs=rngs, method="encode")
     aux = {name: encoded.aux[name] for name in ("delete_gate", "kept", "tokens")}
+    return decode_t5(model, variables, encoded, rungs=rungs, key=key, **dict(settings)), aux
+
+
+def decode_t5(
+    model: Any,
+    variables: Any,
+    encoded: Encoded,
+    *,
+    max_length: int,
+    rungs: Sequence[int] | None = None,
+    key: Array | None = None,
+    **sampling: Any,
+) -> Generation:
+    """The second half of `generate_t5`, from what `T5.encode` returned; to be compiled by the caller."""
+    rows, slots = encoded.key_bias.shape
 
     def step(cache: Any, token_ids: Array, position: Array) -> tuple[Array, Any]:
         return model.apply(variables, cache, token_ids, position, method="decode_step")
 
     def work(reduction: Reduction, encoded: Encoded, key: Array | None) -> Generation:
-        packed = pack(encoded, reduction)
-        cache = model.apply(variables, packed, settings["max_length"], method="start_decoding")
-        return generate(step, cache, jnp.zeros(input_ids.shape[0], jnp.int32), key=key, **settings)
+        cache = model.apply(variables, pack(encoded, reduction), max_length, method="start_decoding")
+        # T5's decoder starts with id 0.
+        first_ids = jnp.zeros(rows, jnp.int32)
+        return generate(step, cache, first_ids, max_length=max_length, key=key, **sampling)
 
-    rungs = (encoded.valid.shape[1],) if rungs is None else rungs
-    return ragged.on_ladder(work, encoded.valid, rungs, encoded.replace(aux=None), key), aux
+    rungs = (slots,) if rungs is None else rungs
+    return ragged.on_ladder(work, encoded.valid, rungs, encoded.replace(aux=None), key)
 
 
 def pack(encoded: Encoded, reduction: Reduction) -> Encoded:
-    """The encoder's output with its tokens in the slots of a compaction, such as `ragged.compact` of `encoded.valid` makes."""
+    """The encoder's output in the slots of a compaction, such as `ragged.compact` makes of `encoded.valid`."""
     key_bias = jnp.where(reduction.slots >= 0, reduction.reduce(encoded.key_bias), -jnp.inf)
     return encoded.replace(features=reduction.reduce(encoded.features), key_bias=key_bias)
 

@@ -169,7 +169,8 @@ def generate_t5(
     put it under `vmap`.
 
     Args:
-      model: a `layers.t5.T5` with a decoder, or another module with its methods `encode`, `start_decoding`, `decode_step`.
+      model: a `layers.t5.T5` with a decoder, or another module with its methods `encode`, `unrolled_decoder`,
+        `start_decoding` and `decode_step`.
       variables: of the model.
       input_ids, attention_mask, deletion: see `T5.__call__`.
       max_length: tokens to generate at most.
@@ -219,6 +220,7 @@ def decode_t5(
 ) -> Generation:
     """The second half of `generate_t5`, from what `T5.encode` returned; to be compiled by the caller."""
     rows, slots = encoded.key_bias.shape
+    model, variables = model.unrolled_decoder(variables)
 
     def step(cache: Any, token_ids: Array, position: Array) -> tuple[Array, Any]:
         return model.apply(variables, cache, token_ids, position, method="decode_step")

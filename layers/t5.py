@@ -260,6 +260,24 @@ class T5(nn.Module):
         features, aux = self(input_ids, attention_mask, deletion=deletion)
         return Encoded(features, aux["key_bias"], aux["tokens"][-1], aux)
 
+    @nn.nowrap
+    def unrolled_decoder(self, variables: Any) -> tuple[T5, Any]:
+        """A model whose decoder layers are not scanned, and the variables that it takes; for decoding alone.
+
+        In a loop over tokens each step of a scanned stack would copy every layer's weights out of it.
+
+        Raises:
+          ValueError: the model has no decoder.
+        """
+        self._need_decoder()
+        if not self.scan_layers:
+            return self, variables
+        params = dict(variables["params"])
+        stack = params.pop("decoder_stack")["layer"]
+        for index in range(self.decoder_layers):
+            params[f"decoder_{index}"] = jax.tree.map(lambda leaf, index=index: leaf[index], stack)
+        return self.clone(scan_layers=False), {**variables, "params": params}
+
     def decode(self, encoded: Encoded, decoder_input_ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits `[B, T, V]` of whole sequences, each token scored by those before it.
 

@@ -143,6 +143,7 @@ class _Common:
 
 def _decode_again(model: T5, variables: Any, encoded: Any, *, steps: int) -> Any:
     """Greedy decoding without a cache: all `steps` tokens are scored at each step, as a static shape demands."""
+    model, variables = model.unrolled_decoder(variables)
 
     def step(tokens: Any, token_ids: Any, position: Any) -> tuple[Any, Any]:
         tokens = tokens.at[:, position].set(token_ids)

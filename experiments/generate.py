@@ -54,8 +54,8 @@ def generate(
 
     Returns:
       Records with "input" and "continuation" (bytes, the latter as far as ids are bytes), "ended" (whether the model ended
-      it), "log_prob" (in nats, of all that was generated), "kept" (a bool for each byte, or None without deletion), "tokens"
-      (what is left after each encoder layer, the end of sequence included), "deletion" and "step".
+      it), "log_prob" (in nats, of all that was generated), "kept" (for each byte whether hard deletion keeps it; None without
+      deletion), "tokens" (what is left after each encoder layer, the end of sequence included), "deletion" and "step".
 
     Raises:
       FileNotFoundError, ValueError: no such run or step, another task, no gate to delete with, an empty text.
@@ -77,7 +77,7 @@ def generate(
         {"params": params},
         jnp.asarray(ids),
         deletion=mode,
-        max_length=max_length or task.targets_length,
+        max_length=task.targets_length if max_length is None else max_length,
         key=jax.random.fold_in(key, 0),
         rngs={"deletion": jax.random.fold_in(key, 1)},
         **sampling,
@@ -146,7 +146,8 @@ def report(record: dict[str, Any], *, show_deleted: bool, colour: bool) -> str:
     if show_deleted:
         kept = record["kept"]
         lines.append(f"input ({record['deletion']} deletion): {marked(record['input'], kept, colour=colour)}")
-        lines.append(f"{sum(kept)} of {len(kept)} bytes stay; tokens after each encoder layer: {record['tokens']}")
+        stay = "stay" if record["deletion"] == "hard" else "would stay under hard deletion (soft deletion fades the others)"
+        lines.append(f"{sum(kept)} of {len(kept)} bytes {stay}; tokens after each encoder layer: {record['tokens']}")
     return "\n".join(lines)
 
 
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if options.show_deleted and records[0]["kept"] is None:
             raise ValueError("--show-deleted needs deletion: a model with a gate, and --deletion=hard or soft")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for record in records:

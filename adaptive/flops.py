@@ -199,3 +199,39 @@ class T5Spec:
         if not 1 <= gate_layer <= self.encoder_layers:
             raise ValueError(f"the gate layer must lie in 1..{self.encoder_layers}; got {gate_layer}")
         return (inputs,) * (gate_layer - 1) + (kept,) * (self.encoder_layers - gate_layer + 1)
+
+    def decoding(self) -> T5DecodingSpec:
+        """The spec of decoding token by token with a cache."""
+        return T5DecodingSpec(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5DecodingSpec:
+    """Cached decoding of an encoder-decoder T5: keys and values of the encoder's output once, then one token a step."""
+
+    model: T5Spec
+
+    def macs(self, *, batch: int = 1, encoded: float, slots: int, steps: int | None = None) -> dict[str, float]:
+        """MACs by block for decoding from an encoder's output; encoding is not part of it.
+
+        Args:
+          batch: B.
+          encoded: M tokens of the encoder's output.
+          slots: T tokens that the cache holds; every step attends to all of them, masked or not.
+          steps: tokens decoded; T when None, 0 for the cross-attention's keys and values alone.
+
+        Raises:
+          ValueError: more steps than slots, or fewer than none.
+        """
+        steps = slots if steps is None else steps
+        if not 0 <= steps <= slots:
+            raise ValueError(f"steps must lie in 0..{slots} (the slots of the cache); got {steps}")
+        model, layers = self.model, batch * self.model.decoder_layers
+        projection = linear_macs(1, model.width, model.inner)
+        return {
+            "cross_memory": layers * 2 * encoded * projection,
+            "decoder_attention": layers * steps * (4 * projection + 2 * slots * model.inner),
+            "cross_attention": layers * steps * (2 * projection + 2 * encoded * model.inner),
+            "decoder_mlp": layers * steps * mlp_macs(1, model.width, model.mlp_dim, gated=model.gated),
+            "head": batch * steps * linear_macs(1, model.width, model.vocab_size),
+        }

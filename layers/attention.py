@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from adaptive.tokens import Signals
 from layers.linear import Initializer, Linear
@@ -26,8 +28,34 @@ from pallas_kernels.biased_flash_attention import (
 SIGNALS = ("keys", "queries", "values", "cls_attention", "column_sums", "score_excess", "attention")
 
 
+@flax.struct.dataclass
+class Memory:
+    """Keys and values that later queries attend to: the cache of one attention layer.
+
+    Attributes:
+      keys, values: `[B, G, K, d]`. Heads stand before tokens, as the products want them: with one query a step, turning all
+        keys and values around would cost more than attending to them.
+    """
+
+    keys: Float[Array, "B G K d"]
+    values: Float[Array, "B G K d"]
+
+    def write(self, other: Memory, position: int | Int[Array, ""]) -> Memory:
+        """This memory with the tokens of `other` in the slots from `position` on.
+
+        Raises:
+          ValueError: a Python position at which `other` does not fit (a traced one cannot be checked).
+        """
+        slots, length = self.keys.shape[-2], other.keys.shape[-2]
+        if length > slots or (isinstance(position, int) and not 0 <= position <= slots - length):
+            raise ValueError(f"{length} token(s) at position {position} do not fit into a memory of {slots} slots")
+        return jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=-2), self, other
+        )
+
+
 class Attention(nn.Module):
-    """Self- or cross-attention, `(out [B, Q, D], Signals)`.
+    """Self- or cross-attention, `(out [B, Q, D], Signals)`, whole or in two parts: `project` keys and values, then `attend`.
 
     Attributes:
       heads: H.
@@ -57,7 +85,14 @@ class Attention(nn.Module):
     out_init: Initializer | None = None
     implementation: str | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        """Creates the projections; their sizes come with the calls, since D and d may follow from the input."""
+        into, out = ("embed", "heads", "head_dim"), ("heads", "head_dim", "embed")
+        self.query = self._linear(into, self.query_init)
+        self.key = self._linear(into)
+        self.value = self._linear(into)
+        self.out = self._linear(out, self.out_init)
+
     def __call__(
         self,
         x: Float[Array, "B Q D"],
@@ -87,24 +122,12 @@ class Attention(nn.Module):
         """
         _check_signals(signals, causal)
         source = x if context is None else context
-        query = self._project("query", x, self.heads, self.query_init)
-        key = self._project("key", source, self.kv_heads or self.heads)
-        value = self._project("value", source, self.kv_heads or self.heads)
-        turned_query, turned_key = query, key
-        if self.rotary:
-            key_positions = positions if context is None else context_positions
-            turned_query, turned_key = self._rotate(query, positions), self._rotate(key, key_positions)
+        query = self.query(x, self._sizes(x, self.heads))
+        key, value = self._keys_values(source)
+        turned_query = self._rotate(query, positions)
+        turned_key = self._rotate(key, positions if context is None else context_positions)
         options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": self.softmax, "scale": self.scale}
         out = biased_attention(turned_query, turned_key, value, implementation=self.implementation, **options)
-        out = Linear(
-            x.shape[-1:],
-            ("heads", "head_dim", "embed"),
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self.out_init or self.kernel_init,
-            name="out",
-        )(out)
         handed = {
             name: jnp.mean(values, axis=2)
             for name, values in (("keys", key), ("queries", query), ("values", value))
@@ -122,22 +145,59 @@ class Attention(nn.Module):
                 key_mask=None if key_bias is None else jnp.isfinite(key_bias),
                 implementation=self.implementation,
             )
-        return out, Signals(**handed)
+        return self.out(out, x.shape[-1:]), Signals(**handed)
 
-    def _project(self, name: str, x: Array, heads: int, init: Initializer | None = None) -> Float[Array, "B N H d"]:
-        if self.head_dim is None and x.shape[-1] % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide a width of {x.shape[-1]}; set head_dim")
+    def project(self, context: Float[Array, "B K D"], positions: Num[Array, "b K"] | None = None) -> Memory:
+        """Keys and values of `context`, rotated by `positions [B or 1, K]` (0, 1, ... when None) where the layer rotates."""
+        key, value = self._keys_values(context)
+        return Memory(jnp.swapaxes(self._rotate(key, positions), 1, 2), jnp.swapaxes(value, 1, 2))
+
+    def attend(
+        self,
+        x: Float[Array, "B Q D"],
+        memory: Memory,
+        *,
+        key_bias: Float[Array, "B K"] | None = None,
+        bias: Float[Array, "b H Q K"] | None = None,
+        positions: Num[Array, "b Q"] | None = None,
+    ) -> Float[Array, "B Q D"]:
+        """Attends from `x` to a memory that `project` made; arguments as in the call, -inf in `bias` removes a pair."""
+        query = self._rotate(self.query(x, self._sizes(x, self.heads)), positions)
+        out = biased_attention(
+            query,
+            jnp.swapaxes(memory.keys, 1, 2),
+            jnp.swapaxes(memory.values, 1, 2),
+            key_bias=key_bias,
+            bias=bias,
+            softmax=self.softmax,
+            scale=self.scale,
+            implementation=self.implementation,
+        )
+        return self.out(out, x.shape[-1:])
+
+    def _linear(self, axes: tuple[str, ...], init: Initializer | None = None) -> Linear:
         return Linear(
-            (heads, self.head_dim or x.shape[-1] // self.heads),
-            ("embed", "heads", "head_dim"),
+            None,
+            axes,
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=init or self.kernel_init,
-            name=name,
-        )(x)
+        )
+
+    def _keys_values(self, context: Float[Array, "B K D"]) -> tuple[Float[Array, "B K G d"], Float[Array, "B K G d"]]:
+        sizes = self._sizes(context, self.kv_heads or self.heads)
+        return self.key(context, sizes), self.value(context, sizes)
+
+    def _sizes(self, x: Array, heads: int) -> tuple[int, int]:
+        """Heads and head width."""
+        if self.head_dim is None and x.shape[-1] % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a width of {x.shape[-1]}; set head_dim")
+        return heads, self.head_dim or x.shape[-1] // self.heads
 
     def _rotate(self, x: Float[Array, "B N H d"], positions: Num[Array, "b N"] | None) -> Float[Array, "B N H d"]:
+        if not self.rotary:
+            return x
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
         return rotate(x, positions, base=self.rotary_base)

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,7 +22,14 @@ from layers.hooks import follow
 from layers.norms import RMSNorm
 from layers.relative_bias import RelativeBias
 from layers.sharding import along_batch
-from layers.t5_layers import DecoderLayer, EncoderLayer, ScannedDecoderLayer, ScannedEncoderLayer
+from layers.t5_layers import (
+    DecoderCache,
+    DecoderLayer,
+    Encoded,
+    EncoderLayer,
+    ScannedDecoderLayer,
+    ScannedEncoderLayer,
+)
 
 DELETIONS = (None, "soft", "hard")
 
@@ -193,14 +201,17 @@ class T5(nn.Module):
             return [layer(**sizes, name=f"{prefix}_{index}") for index in layers]
         arguments = 4 if single is EncoderLayer else 5
         layer = nn.remat(scanned, static_argnums=(arguments,), prevent_cse=False) if self.remat else scanned
-        return nn.scan(
-            layer,
+        lift = dict(
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
             length=len(layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(sizes, name=name)
+        )
+        methods = {"__call__": dict(in_axes=nn.broadcast, **lift)}
+        if scanned is ScannedDecoderLayer:
+            every = nn.broadcast
+            methods |= {"remember": lift, "step": dict(in_axes=(0, 0, every, every, every), **lift)}
+        return nn.scan(layer, methods=methods)(sizes, name=name)
 
     def __call__(
         self,
@@ -225,7 +236,8 @@ class T5(nn.Module):
           stand left-packed with zeros behind them). `aux`: "tokens" `[L, B]` real tokens after each encoder layer;
           "token_set" after the encoder (None after hard deletion) and "reduction", all that hooks did; "delete_gate" `[B, N]`
           gate values and "gate_logits" `[B, N]` of a learned gate (without noise), "kept" `[B, N]` what hard deletion keeps,
-          "gate_tokens" the token set that the gate saw; "losses", named pairs (sum, count).
+          "gate_tokens" the token set that the gate saw; "key_bias" `[B, M]` of the encoder's output in cross-attention;
+          "losses", named pairs (sum, count).
 
         Raises:
           ValueError: an unknown deletion mode, deletion without a gate, a sequence longer than the ladder.
@@ -244,15 +256,94 @@ class T5(nn.Module):
             aux["kept"] = self._survivors(gate, state.tokens)
             # Parameters must exist before the branches of a ladder share them: never initialise inside one.
             if deletion == "hard" and not self.is_initializing():
-                output, excess, left = self._finish_hard(state, aux["kept"], decoder_input_ids, deterministic)
+                output, left, key_bias, excess = self._finish_hard(state, aux["kept"], decoder_input_ids, deterministic)
+                aux |= {"tokens": jnp.stack([*counts[:-1], *left]), "key_bias": key_bias}
                 aux["losses"] |= self._score_loss(excess, decoder_input_ids)
-                counts = [*counts[:-1], *left]
-                return output, aux | {"tokens": jnp.stack(counts), "token_set": None, "reduction": state.reduction}
+                return output, aux | {"token_set": None, "reduction": state.reduction}
             state = state.replace(gate=self._fading(gate, state.tokens, deterministic))
         state = self._encode(self.upper, len(counts), state, counts, deterministic)
         output, excess = self._decode(state, decoder_input_ids, deterministic)
         aux["losses"] |= self._score_loss(excess, decoder_input_ids)
-        return output, aux | {"tokens": jnp.stack(counts), "token_set": state.tokens, "reduction": state.reduction}
+        aux |= {"tokens": jnp.stack(counts), "key_bias": state.key_bias}
+        return output, aux | {"token_set": state.tokens, "reduction": state.reduction}
+
+    def encode(
+        self,
+        input_ids: Int[Array, "B N"],
+        attention_mask: Bool[Array, "B N"] | None = None,
+        *,
+        deletion: str | None = None,
+    ) -> Encoded:
+        """The encoder's output as a decoder takes it; arguments and errors are those of the call."""
+        features, aux = self(input_ids, attention_mask, deletion=deletion)
+        return Encoded(features, aux["key_bias"], aux["tokens"][-1], aux)
+
+    @nn.nowrap
+    def unrolled_decoder(self, variables: Any) -> tuple[T5, Any]:
+        """A model whose decoder layers are not scanned, and the variables that it takes; for decoding alone.
+
+        In a loop over tokens each step of a scanned stack would copy every layer's weights out of it.
+
+        Raises:
+          ValueError: the model has no decoder.
+        """
+        self._need_decoder()
+        if not self.scan_layers:
+            return self, variables
+        params = dict(variables["params"])
+        stack = params.pop("decoder_stack")["layer"]
+        for index in range(self.decoder_layers):
+            params[f"decoder_{index}"] = jax.tree.map(lambda leaf, index=index: leaf[index], stack)
+        return self.clone(scan_layers=False), {**variables, "params": params}
+
+    def decode(self, encoded: Encoded, decoder_input_ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits `[B, T, V]` of whole sequences, each token scored by those before it.
+
+        Raises:
+          ValueError: the model has no decoder.
+        """
+        self._need_decoder()
+        return self._score(encoded.features, encoded.key_bias, decoder_input_ids, True)[0]
+
+    def start_decoding(self, encoded: Encoded, max_length: int) -> DecoderCache:
+        """The cache for decoding up to `max_length` tokens: each layer's keys and values of `encoded`, none of its own yet.
+
+        Raises:
+          ValueError: the model has no decoder, or `max_length` is not positive.
+        """
+        self._need_decoder()
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1 token; got {max_length}")
+        if self.scan_layers:
+            _, cross = self.decoder.remember(encoded.features)
+        else:
+            cross = tuple(layer.remember(encoded.features) for layer in self.decoder)
+        own = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], max_length, x.shape[-1]), x.dtype), cross)
+        return DecoderCache(own, cross, encoded.key_bias)
+
+    def decode_step(
+        self, cache: DecoderCache, token_ids: Int[Array, " B"], position: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """Logits `[B, V]` of the tokens after `token_ids [B]`, which stand at `position`, and the cache with them.
+
+        The tokens before must have been decoded, in order from position 0 (T5 starts with id 0).
+
+        Raises:
+          ValueError: a Python position outside the cache (a traced one cannot be checked).
+        """
+        places = jnp.arange(cache.slots)
+        bias = self.decoder_bias(jnp.reshape(position, (1, 1)), places[None])
+        bias = jnp.where(places <= position, bias, -jnp.inf)
+        x = along_batch(self.embedding(token_ids[:, None]))
+        if self.scan_layers:
+            x, own = self.decoder.step(x, cache.own, cache.cross, bias, cache.key_bias, position)
+        else:
+            own = []
+            for layer, memory, cross in zip(self.decoder, cache.own, cache.cross, strict=True):
+                x, memory = layer.step(x, memory, cross, bias, cache.key_bias, position)
+                own.append(memory)
+            own = tuple(own)
+        return self._logits(x)[:, 0], cache.replace(own=own)
 
     def _check_call(self, decoder_input_ids: Array | None, deletion: str | None) -> None:
         if deletion not in DELETIONS:
@@ -261,6 +352,10 @@ class T5(nn.Module):
             raise ValueError(f"deletion={deletion!r} needs a model with a gate; this one has gate=None")
         if decoder_input_ids is not None and not self.decoder_layers:
             raise ValueError("this model has no decoder layers, but decoder_input_ids were given")
+
+    def _need_decoder(self) -> None:
+        if not self.decoder_layers:
+            raise ValueError("this model has no decoder layers (decoder_layers=0), so it cannot decode")
 
     @property
     def _scale(self) -> float:
@@ -346,20 +441,29 @@ class T5(nn.Module):
         encoded = self.encoder_norm(state.tokens.features)
         if decoder_input_ids is None:
             return encoded, state.excess
+        logits, excess = self._score(encoded, state.key_bias, decoder_input_ids, deterministic)
+        return logits, _add(state.excess, excess)
+
+    def _score(
+        self, encoded: Float[Array, "B M D"], key_bias: Array, decoder_input_ids: Array, deterministic: bool
+    ) -> tuple[Float[Array, "B T V"], Float[Array, " B"] | None]:
+        """Logits `[B, T, V]`, and the score excess of cross-attention."""
         positions = jnp.arange(decoder_input_ids.shape[1], dtype=jnp.float32)[None]
         bias = self.decoder_bias(positions, positions)
-        x = along_batch(self.embedding(decoder_input_ids))
-        total = state.excess
+        x, total = along_batch(self.embedding(decoder_input_ids)), None
         if self.scan_layers:
-            x, excess = self.decoder(x, encoded, bias, state.key_bias, deterministic)
-            total = total if excess is None else _add(total, jnp.sum(excess, axis=0))
+            x, excess = self.decoder(x, encoded, bias, key_bias, deterministic)
+            total = None if excess is None else jnp.sum(excess, axis=0)
         else:
             for layer in self.decoder:
-                x, excess = layer(x, encoded, bias, state.key_bias, deterministic)
+                x, excess = layer(x, encoded, bias, key_bias, deterministic)
                 total = _add(total, excess)
+        return self._logits(x), total
+
+    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         x = self.decoder_norm(x)
         logits = self.embedding.attend(x * self.width**-0.5) if self.tie_embeddings else self.head(x)
-        return logits.astype(jnp.float32), total
+        return logits.astype(jnp.float32)
 
     def _finish_hard(
         self,
@@ -367,22 +471,24 @@ class T5(nn.Module):
         keep: Bool[Array, "B N"],
         decoder_input_ids: Array | None,
         deterministic: bool,
-    ) -> tuple[Array, Float[Array, " B"] | None, Array]:
-        """What `_encode` and `_decode` give with the deleted tokens gone, and the real tokens left at each layer."""
+    ) -> tuple[Array, Array, Array, Float[Array, " B"] | None]:
+        """Output with the deleted tokens gone, real tokens left at each layer, the key bias, the score excess."""
         length = keep.shape[1]
 
         def work(
             reduction: Reduction, module: T5, state: _State, decoder_input_ids: Array | None
-        ) -> tuple[Array, Float[Array, " B"] | None, Array]:
+        ) -> tuple[Array, Array, Array, Float[Array, " B"] | None]:
             state = state.reduce(reduction)
             counts = [state.tokens.count]
             state = module._encode(module.upper, module.gate_layer, state, counts, deterministic)
             output, excess = module._decode(state, decoder_input_ids, deterministic)
+            # Every rung must return the same shapes: survivors first, nothing behind them.
+            behind = length - state.key_bias.shape[1]
+            key_bias = jnp.pad(state.key_bias, ((0, 0), (0, behind)), constant_values=-jnp.inf)
             if decoder_input_ids is None:
-                # Every rung must return the same shape: survivors first, zeros behind them.
                 output = jnp.where(state.tokens.valid[..., None], output, 0)
-                output = jnp.pad(output, ((0, 0), (0, length - output.shape[1]), (0, 0)))
-            return output, excess, jnp.stack(counts)
+                output = jnp.pad(output, ((0, 0), (0, behind), (0, 0)))
+            return output, jnp.stack(counts), key_bias, excess
 
         if self.rungs is not None:
             return ragged.on_ladder(work, keep, self.rungs, self, state, decoder_input_ids, switch=_lifted_switch)

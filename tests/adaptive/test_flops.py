@@ -63,6 +63,29 @@ def test_blocks_of_a_tiny_t5_by_hand():
     assert set(flops.count(spec, inputs=7).blocks) == {"encoder_attention", "encoder_mlp"}
 
 
+TINY_T5 = flops.T5Spec(vocab_size=11, width=8, mlp_dim=10, inner=6, encoder_layers=2, decoder_layers=3)
+
+
+def test_cached_decoding_of_a_tiny_t5_by_hand():
+    blocks = flops.count(TINY_T5.decoding(), batch=2, encoded=7, slots=5, steps=4).blocks
+    assert blocks == {
+        "cross_memory": 2 * 3 * 2 * 7 * 8 * 6,
+        # One token is projected a step and attends to all five slots.
+        "decoder_attention": 2 * 3 * 4 * (4 * 8 * 6 + 2 * 5 * 6),
+        "cross_attention": 2 * 3 * 4 * (2 * 8 * 6 + 2 * 7 * 6),
+        "decoder_mlp": 2 * 3 * 4 * 3 * 8 * 10,
+        "head": 2 * 4 * 8 * 11,
+    }
+    start = flops.count(TINY_T5.decoding(), batch=2, encoded=7, slots=5, steps=0)
+    assert start.macs == start.blocks["cross_memory"] == blocks["cross_memory"]
+
+
+def test_decoding_a_whole_sequence_with_a_cache_costs_what_scoring_it_once_does():
+    scored = flops.count(TINY_T5, batch=2, inputs=7, targets=5).blocks
+    decoder = sum(macs for name, macs in scored.items() if not name.startswith("encoder"))
+    assert flops.count(TINY_T5.decoding(), batch=2, encoded=7, slots=5).macs == decoder
+
+
 def test_grouped_keys_save_only_their_projections():
     full, grouped = flops.attention_macs(5, 7, 8, 8), flops.attention_macs(5, 7, 8, 8, kv_inner=2)
     assert full - grouped == 2 * 7 * 8 * (8 - 2)
@@ -87,6 +110,11 @@ def test_a_backbone_is_counted_by_its_own_sizes():
         (lambda: flops.count(BYT5_SMALL, inputs=8, counts=(8,)), ValueError, "one entry for each of 12 layers; got 1"),
         (lambda: BYT5_SMALL.spec().gated_counts(8, 4, 13), ValueError, r"gate layer must lie in 1\.\.12; got 13"),
         (lambda: BYT5_SMALL.spec().gated_counts(8, 4, 0), ValueError, r"gate layer must lie in 1\.\.12; got 0"),
+        (
+            lambda: flops.count(BYT5_SMALL.spec().decoding(), encoded=8, slots=4, steps=5),
+            ValueError,
+            r"steps must lie in 0\.\.4 \(the slots of the cache\); got 5",
+        ),
         (lambda: flops.count(object()), TypeError, r"object has neither spec\(\) nor macs\(\)"),
     ],
 )
@@ -180,3 +208,21 @@ def test_a_gated_t5_on_one_rung_agrees_with_the_compiler():
     )
     counts = model.spec().gated_counts(128, 64, 1)
     assert flops.count(model, batch=2, inputs=128, targets=48, counts=counts).flops == pytest.approx(counted, rel=0.02)
+
+
+def test_a_cached_decode_step_agrees_with_the_compiler():
+    model = t5.T5(**(t5.SHAPES["byt5-small"] | {"encoder_layers": 1, "decoder_layers": 2}))
+    ids = jax.ShapeDtypeStruct((2, 96), jnp.int32)
+    params = parameter_shapes(model, ids, None, ids)
+    encoded = jax.eval_shape(lambda params, ids: model.apply(params, ids, method="encode"), params, ids)
+    start = functools.partial(model.apply, max_length=64, method="start_decoding")
+    cache = jax.eval_shape(start, params, encoded)
+    spec = model.spec().decoding()
+    begun = flops.count(spec, batch=2, encoded=96, slots=64, steps=0)
+    assert begun.flops == pytest.approx(compiled_flops(start, params, encoded), rel=0.02)
+    counted = compiled_flops(
+        lambda params, cache, ids, position: model.apply(params, cache, ids, position, method="decode_step"),
+        *(params, cache, jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)),
+    )
+    step = flops.count(spec, batch=2, encoded=96, slots=64, steps=1).flops - begun.flops
+    assert step == pytest.approx(counted, rel=0.02)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from adaptive.tokens import Signals
-from layers.attention import SIGNALS, Attention
+from layers.attention import SIGNALS, Attention, Memory
 from layers.rotary import rotate
 
 B, N, D, H = 2, 6, 16, 4
@@ -213,6 +213,47 @@ def test_every_parameter_has_logical_axes():
         "head_dim",
     )
     assert boxed["out"]["kernel"].names == ("heads", "head_dim", "embed") and boxed["out"]["bias"].names == ("embed",)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "rotary": True, "softmax": "off_by_one"}])
+def test_projecting_first_and_attending_later_is_the_call(options):
+    layer = Attention(H, **options)
+    params = _init(layer, _x())
+    context, key_bias = _x(9, seed=3), np.random.default_rng(4).normal(size=(B, 9)).astype(np.float32)
+    bias = np.random.default_rng(5).normal(size=(1, H, N, 9)).astype(np.float32)
+    want, _ = layer.apply(params, _x(), context, key_bias=key_bias, bias=bias)
+    memory = layer.apply(params, context, method="project")
+    assert memory.keys.shape == memory.values.shape == (B, options.get("kv_heads", H), 9, D // H)
+    got = layer.apply(params, _x(), memory, key_bias=key_bias, bias=bias, method="attend")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "rotary": True, "softmax": "off_by_one"}])
+def test_tokens_written_one_by_one_give_causal_attention(options):
+    layer = Attention(H, **options)
+    params = _init(layer, _x())
+    want, _ = layer.apply(params, _x(), causal=True)
+    # Two slots more than there are tokens; what they hold must not show.
+    slots = jnp.full((B, options.get("kv_heads", H), N + 2, D // H), 9.0)
+
+    @jax.jit
+    def step(memory, x, position):
+        places = jnp.reshape(position, (1, 1))
+        memory = memory.write(layer.apply(params, x, places, method="project"), position)
+        bias = jnp.where(jnp.arange(N + 2) <= position, 0.0, -jnp.inf)[None, None, None].repeat(H, 1)
+        return layer.apply(params, x, memory, bias=bias, positions=places, method="attend"), memory
+
+    memory = Memory(slots, slots)
+    for position in range(N):
+        got, memory = step(memory, _x()[:, position : position + 1], position)
+        np.testing.assert_allclose(got[:, 0], want[:, position], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "position"), [(1, 4), (1, -1), (3, 2), (5, jnp.zeros((), jnp.int32))])
+def test_a_memory_refuses_what_does_not_fit(length, position):
+    memory, other = (Memory(jnp.zeros((1, 2, slots, 3)), jnp.zeros((1, 2, slots, 3))) for slots in (4, length))
+    with pytest.raises(ValueError, match=rf"{length} token\(s\) at position .* do not fit into a memory of 4 slots"):
+        memory.write(other, position)
 
 
 def test_what_cannot_be_is_refused():

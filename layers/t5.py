@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder-decoder T5 (version 1.1) and byte-level ByT5, with hooks after encoder layers and a delete gate.
+"""Encoder-decoder T5 (version 1.1) and byte-level ByT5, with hooks after encoder layers, a delete gate, or a chunker.
 
 Shapes: B batch, N encoder tokens, M encoder tokens after a reduction, T decoder tokens, D width, H heads, V vocabulary.
 """
@@ -9,19 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptive import flops, ragged, registry
+from adaptive.chunking import chunks as chunks_lib
 from adaptive.deletion import gate as deletion_gate
 from adaptive.tokens import Reduction, Signals, TokenSet
+from layers import chunkers
 from layers.delete_gate import DeleteGate
 from layers.hooks import follow
 from layers.norms import RMSNorm
 from layers.relative_bias import RelativeBias
 from layers.sharding import along_batch
-from layers.t5_layers import DecoderLayer, EncoderLayer, ScannedDecoderLayer, ScannedEncoderLayer
+from layers.t5_layers import DecoderLayer, EncoderLayer, EncoderState, ScannedDecoderLayer, ScannedEncoderLayer
 
 DELETIONS = (None, "soft", "hard")
 
@@ -37,36 +38,6 @@ def _normal(deviation: float, axes: tuple[str, ...]) -> Any:
     return nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
 
 
-@flax.struct.dataclass
-class _State:
-    """The encoder between two layers.
-
-    Attributes:
-      tokens: the token set; gate: `[B, N]` values that fade keys, or None; reduction: all that hooks did so far, or None.
-      moved: static; True once the rows' positions may differ.
-    """
-
-    tokens: TokenSet
-    gate: Any = None
-    reduction: Any = None
-    moved: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @property
-    def key_bias(self) -> Float[Array, "B N"]:
-        """Log mass (0 for a plain token, -inf for padding) plus the gate."""
-        return self.tokens.log_mass if self.gate is None else self.tokens.log_mass + self.gate
-
-    def reduce(self, reduction: Reduction) -> _State:
-        """The state after a reduction of its tokens."""
-        tokens = reduction.apply(self.tokens)
-        return _State(
-            tokens.replace(features=along_batch(tokens.features)),
-            None if self.gate is None else reduction.reduce(self.gate),
-            reduction if self.reduction is None else self.reduction.then(reduction),
-            moved=True,
-        )
-
-
 class T5(nn.Module):
     """Encoder-decoder transformer with T5 1.1 blocks (pre-RMSNorm, no biases, gated GELU, bucketed relative positions).
 
@@ -75,20 +46,30 @@ class T5(nn.Module):
     values fade keys in all later encoder layers and in cross-attention; with `deletion="hard"` the deleted tokens are gone
     from there on, packed into `capacity` slots or into the smallest rung of the ladder `rungs` that holds every row.
 
+    Instead, a `chunker` groups bytes after `chunk_layer` layers, and the layers above run on the chunks, each standing where
+    its first byte stood. It always acts: in training on as many slots as there are bytes (or `capacity`), otherwise on a rung
+    of the ladder too. `model.clone(chunker=None)` is the dense model over the same parameters.
+
     Attributes:
       vocab_size, width, mlp_dim, heads, head_dim, encoder_layers, decoder_layers: sizes; 0 decoder layers is an encoder.
       softmax: "standard", or "off_by_one" as all models of the MrT5 family use.
       gate: name of a registered deletion method, or None; gate_layer: layers before it; gate_hyper: its keyword arguments.
-      rungs: ladder for hard deletion, rising, the last at least N; capacity: a single static length instead. With neither,
-        hard deletion compacts without shrinking.
+      chunker: name of a registered chunking method, or None; chunk_layer: layers before it, 0 to act on the embeddings;
+        chunk_hyper: keyword arguments of the method and attributes of its learned part in `layers.chunkers`.
+      chunk_local: in the layers before, bytes attend to their own chunk alone; for methods that read ids alone. With
+        chunker="words" and `pool="first"` this is a hierarchical model of bytes and words.
+      rungs: ladder for hard deletion and chunks, rising, the last at least N; capacity: a single static length instead. With
+        neither, nothing shrinks.
       hooks: after encoder layers.
       dropout, tie_embeddings, num_buckets, max_distance: as in T5.
       remat: recompute each layer in the backward pass; scan_layers: one compiled layer for the whole stack.
       dtype: of the computation; parameters stay float32.
 
-    Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated GELU), Xue et al. 2022 (ByT5), Kallini et al. 2025 (MrT5).
+    Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated GELU), Xue et al. 2022 (ByT5), Kallini et al. 2025 (MrT5),
+    Neitemeier et al. 2025 (HAT: bytes that see their own word, then words).
 
-    Differs: the output head starts from fan-in variance, not from the unit variance of the public PyTorch code.
+    Differs: the output head starts from fan-in variance, not from the unit variance of the public PyTorch code. HAT reads a
+    word off an extra token and decodes byte by byte inside a word; here its first byte carries it and the decoder is T5's.
     """
 
     vocab_size: int = 384
@@ -102,6 +83,10 @@ class T5(nn.Module):
     gate: str | None = None
     gate_layer: int = 3
     gate_hyper: tuple[tuple[str, Any], ...] = ()
+    chunker: str | None = None
+    chunk_layer: int = 0
+    chunk_hyper: tuple[tuple[str, Any], ...] = ()
+    chunk_local: bool = False
     rungs: tuple[int, ...] | None = None
     capacity: int | None = None
     hooks: tuple[Any, ...] = ()
@@ -126,9 +111,11 @@ class T5(nn.Module):
         )
         self.encoder_bias = RelativeBias(self.heads, bidirectional=True, **bias)
         self.encoder_norm = RMSNorm(dtype=self.dtype)
-        split = self.gate_layer if self.gate else 0
+        split, layers = self._split, self.encoder_layers
         self.lower = self._stack(ScannedEncoderLayer, EncoderLayer, range(split), "lower_stack")
-        self.upper = self._stack(ScannedEncoderLayer, EncoderLayer, range(split, self.encoder_layers), "upper_stack")
+        self.upper = self._stack(ScannedEncoderLayer, EncoderLayer, range(split, layers), "upper_stack")
+        if self.chunker:
+            self.chunking = self._chunker()
         if self.gate and "gate_logits" in registry.describe(self.gate).signals:
             self.delete_gate = DeleteGate()
         if self.decoder_layers:
@@ -143,7 +130,17 @@ class T5(nn.Module):
                     kernel_init=_normal(self.width**-0.5, ("embed", "vocab")),
                 )
 
+    @property
+    def _split(self) -> int:
+        """Encoder layers before the gate or the chunker; the same without the chunker, so that parameters fit."""
+        return self.gate_layer if self.gate else self.chunk_layer
+
+    def _chunker(self, **attributes: Any) -> chunkers.Chunker:
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "mlp_dim", "heads", "head_dim", "dtype")}
+        return chunkers.build(self.chunker, self.chunk_hyper, **sizes, **attributes)
+
     def _check(self) -> None:
+        self._check_chunker()
         if self.gate is not None and not 1 <= self.gate_layer <= self.encoder_layers:
             raise ValueError(f"gate_layer must lie in 1..{self.encoder_layers} (the encoder); got {self.gate_layer}")
         if self.gate is not None and registry.describe(self.gate).kind != "deletion":
@@ -159,6 +156,20 @@ class T5(nn.Module):
                 raise ValueError(
                     f"the encoder of T5 takes hooks after a layer (place='after'); got place={hook.place!r}"
                 )
+
+    def _check_chunker(self) -> None:
+        if not 0 <= self.chunk_layer <= self.encoder_layers:
+            raise ValueError(f"chunk_layer must lie in 0..{self.encoder_layers} (the encoder); got {self.chunk_layer}")
+        if self.chunker is None:
+            return
+        if self.gate is not None or self.hooks:
+            other = f"gate={self.gate!r}" if self.gate is not None else "hooks"
+            raise ValueError(f"chunker={self.chunker!r} and {other} would both shorten the encoder; give one of them")
+        if self.chunk_local and not (self.chunk_layer and chunkers.from_ids(self.chunker)):
+            raise ValueError(
+                f"chunk_local needs chunks that are known from the ids before layers run on bytes: a chunk_layer over 0 and a "
+                f"method that reads ids alone; got chunk_layer={self.chunk_layer} and chunker={self.chunker!r}"
+            )
 
     def _stack(self, scanned: type, single: type, layers: range, name: str) -> Any:
         """The layers of a stack: one scanned module, or a list of modules numbered through the whole encoder."""
@@ -211,24 +222,36 @@ class T5(nn.Module):
           `(logits [B, T, V], aux)`, or `(features [B, N, D], aux)` for the encoder alone (after hard deletion the survivors
           stand left-packed with zeros behind them). `aux`: "tokens" `[L, B]` real tokens after each encoder layer;
           "token_set" after the encoder (None after hard deletion) and "reduction", all that hooks did; "delete_gate" `[B, N]`
-          gate values, "kept" `[B, N]` what hard deletion keeps, "gate_tokens" the token set that the gate saw; "losses".
+          gate values, "kept" `[B, N]` what hard deletion keeps, "gate_tokens" the token set that the gate saw; "chunks" of a
+          chunker (then "token_set" is None, and features stand as after hard deletion unless the chunker turns chunks back into
+          bytes); "losses" `{name: (sum over rows, rows)}` that train it.
 
         Raises:
           ValueError: an unknown deletion mode, deletion without a gate, a sequence longer than the ladder.
         """
         self._check_call(decoder_input_ids, deletion)
         mask = input_ids != 0 if attention_mask is None else attention_mask.astype(bool)
-        state = _State(TokenSet.create(along_batch(self.embedding(input_ids)), mask=mask))
+        state = EncoderState(TokenSet.create(along_batch(self.embedding(input_ids)), mask=mask))
+        if self.chunker and self.chunk_local:
+            own = self.chunking.decide(state.tokens, Signals(token_ids=input_ids))
+            state = state.replace(chunk=chunks_lib.segments(own))
         counts: list[Array] = []
         state = self._encode(self.lower, 0, state, counts, deterministic)
-        aux: dict[str, Any] = {"losses": {}, "delete_gate": None, "kept": None, "gate_tokens": None}
+        aux: dict[str, Any] = {"losses": {}, "delete_gate": None, "kept": None, "gate_tokens": None, "chunks": None}
+        if self.chunker:
+            found = self.chunking(state.tokens, input_ids, deterministic=deterministic)
+            output, left = self._finish_short(state, found.chunks.starts, found, decoder_input_ids, deterministic)
+            # A chunker on the embeddings comes before the first layer.
+            counts = [*counts[:-1], *(left if counts else left[1:])]
+            aux |= {"chunks": found.chunks, "losses": found.losses, "tokens": jnp.stack(counts)}
+            return output, aux | {"token_set": None, "reduction": None}
         # Gate parameters are created even when the first call does not delete.
         if self.gate and (deletion or self.is_initializing()):
             gate = self._gate_values(state, input_ids, deterministic)
             aux |= {"delete_gate": gate, "gate_tokens": state.tokens, "kept": self._survivors(gate, state.tokens)}
             # Parameters must exist before the branches of a ladder share them: never initialise inside one.
             if deletion == "hard" and not self.is_initializing():
-                output, left = self._finish_hard(state, aux["kept"], decoder_input_ids, deterministic)
+                output, left = self._finish_short(state, aux["kept"], None, decoder_input_ids, deterministic)
                 counts = [*counts[:-1], *left]
                 return output, aux | {"tokens": jnp.stack(counts), "token_set": None, "reduction": state.reduction}
             state = state.replace(gate=gate)
@@ -255,7 +278,9 @@ class T5(nn.Module):
             return keep
         return ragged.compact(keep, min(self.capacity, keep.shape[1]), overflow="best", scores=gate).assign >= 0
 
-    def _gate_values(self, state: _State, input_ids: Int[Array, "B N"], deterministic: bool) -> Float[Array, "B N"]:
+    def _gate_values(
+        self, state: EncoderState, input_ids: Int[Array, "B N"], deterministic: bool
+    ) -> Float[Array, "B N"]:
         """Gate values `[B, N]` of the registered deletion method; Gumbel noise is for training only."""
         needs = registry.describe(self.gate).signals
         hyper = dict(self.gate_hyper)
@@ -269,14 +294,16 @@ class T5(nn.Module):
         )
         return registry.get(self.gate)(state.tokens, signals, **hyper)
 
-    def _encode(self, layers: Any, first: int, state: _State, counts: list[Array], deterministic: bool) -> _State:
+    def _encode(
+        self, layers: Any, first: int, state: EncoderState, counts: list[Array], deterministic: bool
+    ) -> EncoderState:
         """Runs a stack of encoder layers, of which `first` is the first; appends real tokens after each to `counts`."""
         if not layers:
             return state
         if self.scan_layers:
             bias = self._encoder_bias(state)
             features, _ = layers(state.tokens.features, bias, state.key_bias, deterministic)
-            layers_run = (self.gate_layer if layers is self.lower else self.encoder_layers) - first
+            layers_run = (self._split if layers is self.lower else self.encoder_layers) - first
             counts.extend([state.tokens.count] * layers_run)
             return state.replace(tokens=state.tokens.replace(features=features))
         bias = self._encoder_bias(state)
@@ -295,14 +322,18 @@ class T5(nn.Module):
             counts.append(state.tokens.count)
         return state
 
-    def _encoder_bias(self, state: _State) -> Float[Array, "b H N N"]:
+    def _encoder_bias(self, state: EncoderState) -> Float[Array, "b H N N"]:
         """Relative bias at the original positions; without a batch axis to repeat while all rows share them."""
         coords = state.tokens.coords[..., 0]
-        if not state.moved:
-            return self.encoder_bias(coords[:1], coords[:1])
-        return along_batch(self.encoder_bias(coords, coords))
+        if state.moved:
+            return along_batch(self.encoder_bias(coords, coords))
+        bias = self.encoder_bias(coords[:1], coords[:1])
+        if state.chunk is None:
+            return bias
+        own = state.chunk[:, :, None] == state.chunk[:, None, :]
+        return along_batch(bias + jnp.where(own, 0.0, -jnp.inf)[:, None])
 
-    def _decode(self, state: _State, decoder_input_ids: Array | None, deterministic: bool) -> Array:
+    def _decode(self, state: EncoderState, decoder_input_ids: Array | None, deterministic: bool) -> Array:
         """Logits `[B, T, V]`, or the normed encoder features without decoder tokens."""
         encoded = self.encoder_norm(state.tokens.features)
         if decoder_input_ids is None:
@@ -319,34 +350,70 @@ class T5(nn.Module):
         logits = self.embedding.attend(x * self.width**-0.5) if self.tie_embeddings else self.head(x)
         return logits.astype(jnp.float32)
 
-    def _finish_hard(
+    def _finish_short(
         self,
-        state: _State,
-        keep: Bool[Array, "B N"],
+        state: EncoderState,
+        heads: Bool[Array, "B N"],
+        found: chunkers.Proposal | None,
         decoder_input_ids: Array | None,
         deterministic: bool,
     ) -> tuple[Array, Array]:
-        """What `_encode` and `_decode` give with the deleted tokens gone, and the real tokens left at each layer."""
-        length = keep.shape[1]
+        """What `_encode` and `_decode` give on the slots that `heads` begin, and the real tokens left at each layer.
+
+        The slots are the tokens that a gate keeps, or the chunks that were `found`.
+        """
+        length = heads.shape[1]
+
+        def reduce(source: Any, slots: int) -> Reduction:
+            # At most `capacity` tokens of a row are kept, see `_survivors`.
+            return ragged.compact(source, slots, overflow="checked") if found is None else pool(source, slots)
 
         def work(
-            reduction: Reduction, module: T5, state: _State, decoder_input_ids: Array | None
+            reduction: Reduction, module: T5, state: EncoderState, found: Any, decoder_input_ids: Array | None
         ) -> tuple[Array, Array]:
-            state = state.reduce(reduction)
-            counts = [state.tokens.count]
-            state = module._encode(module.upper, module.gate_layer, state, counts, deterministic)
-            output = module._decode(state, decoder_input_ids, deterministic)
+            short = state.reduce(reduction) if found is None else module._pooled(state, found, reduction)
+            counts = [short.tokens.count]
+            short = module._encode(module.upper, module._split, short, counts, deterministic)
+            if found is not None:
+                short = module._chunks_done(state, short, found, reduction)
+            output = module._decode(short, decoder_input_ids, deterministic)
             if decoder_input_ids is None:
                 # Every rung must return the same shape: survivors first, zeros behind them.
-                output = jnp.where(state.tokens.valid[..., None], output, 0)
+                output = jnp.where(short.tokens.valid[..., None], output, 0)
                 output = jnp.pad(output, ((0, 0), (0, length - output.shape[1]), (0, 0)))
             return output, jnp.stack(counts)
 
-        if self.rungs is not None:
-            return ragged.on_ladder(work, keep, self.rungs, self, state, decoder_input_ids, switch=_lifted_switch)
+        source = heads if found is None else found.chunks
+        pool = self.chunking.reduction if found is not None else None
+        # Parameters must exist before the branches of a ladder share them, and training has no use for a ladder.
+        on_ladder = found is None or (deterministic and not self.is_initializing())
+        if self.rungs is not None and on_ladder:
+            return ragged.on_ladder(
+                work,
+                heads,
+                self.rungs,
+                *(self, state, found, decoder_input_ids),
+                reduce=reduce,
+                source=source,
+                switch=_lifted_switch,
+            )
         slots = length if self.capacity is None else min(self.capacity, length)
-        # At most `capacity` tokens of a row are kept, see `_survivors`.
-        return work(ragged.compact(keep, slots, overflow="checked"), self, state, decoder_input_ids)
+        return work(reduce(source, slots), self, state, found, decoder_input_ids)
+
+    def _pooled(self, state: EncoderState, found: chunkers.Proposal, reduction: Reduction) -> EncoderState:
+        """The chunks; a chunk is one key, however many bytes it stands for."""
+        short = state.reduce(reduction)
+        features = along_batch(self.chunking.shorten(found.features, reduction))
+        return short.replace(tokens=short.tokens.replace(features=features), proportional=False)
+
+    def _chunks_done(
+        self, state: EncoderState, short: EncoderState, found: chunkers.Proposal, reduction: Reduction
+    ) -> EncoderState:
+        """What the decoder sees: the chunks, or the bytes that the chunker makes of them."""
+        values, features = short.tokens.features, state.tokens.features
+        finished = self.chunking.finish(values, features, found.chunks, reduction)
+        after = state if self.chunking.lengthens else short
+        return after.replace(tokens=after.tokens.replace(features=along_batch(finished)))
 
     def spec(self) -> flops.T5Spec:
         """Sizes for `adaptive.flops.count`."""

@@ -43,7 +43,7 @@ def boundary_predictor(
     Raises:
       ValueError: the temperature is not positive, or the threshold is outside (0, 1).
 
-    Source: Nawrot et al. 2023, section 3.1, as MrT5's baseline "BP" has it (Kallini et al. 2025, section 4; public code
+    Source: Nawrot et al. 2023, as MrT5's baseline "BP" has it (Kallini et al. 2025, section 4; public code
     `modeling_bpt5.py`): an encoder without a null group, the last real token ends a group.
 
     Differs: evaluation does not draw; the public code draws there too.
@@ -64,7 +64,7 @@ def binomial_loss(chunks: Chunks, *, prior: float) -> tuple[Array, Array]:
     Raises:
       ValueError: the prior is outside (0, 1).
 
-    Source: Nawrot et al. 2023, eq. 5.
+    Source: Nawrot et al. 2023 (Gumbel boundaries).
 
     Differs: n counts a row's real tokens; the public code takes the padded length.
     """
@@ -83,7 +83,7 @@ def boundary_loss(
 
     A row's last token is left out: it ends a chunk in any case.
 
-    Source: Nawrot et al. 2023, section 3.2 (boundaries from whitespace, a tokenizer or entropy spikes).
+    Source: Nawrot et al. 2023 (boundaries from whitespace, a tokenizer or entropy spikes).
 
     Differs: the public code puts probabilities through the sigmoid once more.
     """
@@ -98,7 +98,7 @@ def boundary_loss(
 def entropy_spikes(entropies: Float[Array, "B N"], tokens: TokenSet) -> Chunks:
     """Chunks that end where the entropy of the next byte exceeds that at both of the two positions before.
 
-    Source: Nawrot et al. 2023, section 3.2 (entropy spikes).
+    Source: Nawrot et al. 2023 (entropy spikes).
     """
     before, earlier = shifted(entropies), shifted(shifted(entropies))
     third = jnp.cumsum(tokens.valid, axis=-1) > 2

@@ -146,7 +146,7 @@ def to_reduction(chunks: Chunks, capacity: int, *, pool: str = "mean") -> Reduct
     Raises:
       ValueError: an unknown pool, or a capacity outside 1..N.
 
-    Source: Nawrot et al. 2023 (dynamic pooling), section 3; the gradient is that of the public `shortening.py`: moving a
+    Source: Nawrot et al. 2023 (dynamic pooling); the gradient is that of the public `shortening.py`: moving a
     boundary moves every later token's chunk number g, and a token weighs `1 - (s - g)` in the mean of its chunk s.
     """
     if pool not in POOLS:

@@ -33,21 +33,21 @@ def entropy_patches(
 ) -> Chunks:
     """A patch starts at a byte whose prediction had an entropy H over a threshold, or one that rose by more than another.
 
-    With H_i the entropy of predicting byte i + 1, the starts are, besides those forced at 0 and 1 (and 2 with a rise):
-    "global" i + 1 where H_i > threshold, i >= 1; "monotonic" where H_i - H_(i-1) > rise, i >= 2; "both" where both hold, i >= 3.
+    With H_i the entropy of predicting byte i + 1, the starts are, besides those forced at 0 and 1 (and 2 with a rise), i + 1
+    where: "global" H_i > threshold, i >= 1; "monotonic" H_i - H_(i-1) > rise, i >= 2; "both" both of these, i >= 3.
 
     Args:
       tokens: `[B, N, D]`.
       signals: `entropies` in nats.
       mode: "global", "monotonic" or "both".
       threshold: nats (the release's default: patches of about 4.5 bytes under its byte model).
-      rise: nats; 0 here, the papers' values depend on their byte model.
+      rise: nats; 0 here: a useful value depends on the byte model.
       longest: bytes in a patch at most; longer ones are cut into pieces of that length.
 
     Raises:
       ValueError: an unknown mode.
 
-    Source: Pagnoni et al. 2025, section 2.3; forced starts as in the public code (`patcher.py`).
+    Source: Pagnoni et al. 2025; forced starts as in the public code (`patcher.py`).
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}; one of {MODES}")

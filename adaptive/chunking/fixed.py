@@ -8,6 +8,8 @@ Shapes: B batch, N tokens.
 
 from __future__ import annotations
 
+import string
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -19,13 +21,18 @@ from adaptive.tokens import Signals, TokenSet
 # Special ids come before the bytes.
 OFFSET = 3
 _BYTES = np.arange(256)
-_DIGIT = (_BYTES >= ord("0")) & (_BYTES <= ord("9"))
-_UPPER = (_BYTES >= ord("A")) & (_BYTES <= ord("Z"))
-_LOWER = (_BYTES >= ord("a")) & (_BYTES <= ord("z"))
-_ASCII = _BYTES < 128
-_PUNCTUATION = np.isin(_BYTES, list(b"!\"#%&'()*,-./:;?@[\\]_{}"))
-_SYMBOL = np.isin(_BYTES, list(b"$+<=>^`|~"))
-_WORD = _DIGIT | _UPPER | _LOWER | ~_ASCII
+
+
+def _table(characters: str) -> np.ndarray:
+    return np.isin(_BYTES, [ord(character) for character in characters])
+
+
+_UPPER, _LOWER = _table(string.ascii_uppercase), _table(string.ascii_lowercase)
+_ALPHANUMERIC = _UPPER | _LOWER | _table(string.digits)
+# The ASCII characters of Unicode's classes P and S.
+_PUNCTUATION, _SYMBOL = _table("!\"#%&'()*,-./:;?@[\\]_{}"), _table("$+<=>^`|~")
+_WORD = _ALPHANUMERIC | (_BYTES >= 128)
+_SPACE_LIKE = (_BYTES < 128) & ~_ALPHANUMERIC | (_BYTES >= 0xC0)
 
 
 @register(
@@ -46,7 +53,7 @@ def strided(tokens: TokenSet, signals: Signals, *, stride: int = 4) -> Chunks:
     Raises:
       ValueError: the stride is not positive.
 
-    Source: Clark et al. 2022, section 3.2; Kallini et al. 2025, section 4 (convolutional pooling baseline).
+    Source: Clark et al. 2022 (downsampling); Kallini et al. 2025, section 4 (convolutional pooling baseline).
 
     Differs: a last chunk that is not full is kept, while the public code drops it; CANINE's class position is left out.
     """
@@ -74,12 +81,12 @@ def space_patches(tokens: TokenSet, signals: Signals, *, longest: int | None = N
       signals: `token_ids`.
       longest: bytes in a patch at most; longer ones are cut into pieces of that length.
 
-    Source: Pagnoni et al. 2025, section 2.2; rules of the public code (`patcher.py`).
+    Source: Pagnoni et al. 2025; rules of the public code (`patcher.py`).
 
     Differs: ids start at 3, those of ByT5, where BLT's bytes start at 4.
     """
     ids = signals.token_ids
-    space = _is(ids, _ASCII & ~_DIGIT & ~_UPPER & ~_LOWER | (_BYTES >= 0xC0))
+    space = _is(ids, _SPACE_LIKE)
     ends = (space & ~shifted(space)) | (ids < OFFSET)
     starts = shifted(ends) | (position(tokens) == 1)
     return Chunks.create(split_long(starts, tokens, longest), tokens)
@@ -95,32 +102,30 @@ def space_patches(tokens: TokenSet, signals: Signals, *, longest: int | None = N
 def words(tokens: TokenSet, signals: Signals, *, longest: int | None = None) -> Chunks:
     """Words with the space before and the punctuation after them: `[one space][word][punctuation]`.
 
-    Words are also cut between a lower-case and an upper-case letter. A run of two or more spaces is a chunk of its own, and so is
-    any other whitespace byte (a carriage return joins the line feed after it) and a special id. `experiments.data.words`
-    splits text by the same rule on the host, with Unicode's categories.
+    Words are also cut between a lower-case and an upper-case letter. A run of two or more spaces is a chunk of its own, and so
+    is any other whitespace or control byte (a carriage return joins the line feed after it) and a special id.
+    `experiments.data.words` splits text by the same rule on the host, with Unicode's categories.
 
     Args:
       tokens: `[B, N, D]`.
       signals: `token_ids`.
       longest: bytes in a chunk at most; longer ones are cut into pieces of that length.
 
-    Source: Neitemeier et al. 2025, section 3; the rule of the public splitter (hat-splitter).
+    Source: Neitemeier et al. 2025; the rule of the public splitter (hat-splitter).
 
-    Differs: ids alone decide, on the device, so every byte beyond ASCII counts as part of a word; [recon] each ASCII symbol that
-    is no punctuation ("+", "=", "$") is a word; `longest` cuts between bytes, not between characters.
+    Differs: ids alone decide, on the device, so every byte beyond ASCII counts as part of a word; [recon] each ASCII symbol
+    that is no punctuation ("+", "=", "$") is a word; `longest` cuts between bytes, not between characters.
     """
     ids = signals.token_ids
     special = ids < OFFSET
     space, mark, symbol, word, lower, upper, feed, carriage = (
         _is(ids, table)
-        for table in (
-            _BYTES == ord(" "), _PUNCTUATION, _SYMBOL, _WORD, _LOWER, _UPPER, _BYTES == ord("\n"), _BYTES == ord("\r"),
-        )
-    )  # fmt: skip
+        for table in (_table(" "), _PUNCTUATION, _SYMBOL, _WORD, _LOWER, _UPPER, _table("\n"), _table("\r"))
+    )
     # The first real token has nothing before it, whatever stands in padding.
     before = ~first_token(tokens.valid)
     after_space = shifted(space) & before
-    lone_space = after_space & ~(shifted(after_space))
+    lone_space = after_space & ~shifted(after_space)
     run_of_word = word & shifted(word) & ~(upper & shifted(lower))
     run_of_mark = mark & (shifted(word) | shifted(mark) | shifted(symbol))
     joins = (

@@ -40,7 +40,7 @@ def gbst(tokens: TokenSet, signals: Signals, *, stride: int = 2) -> Chunks:
     Raises:
       ValueError: the stride is not positive.
 
-    Source: Tay et al. 2022, section 2.1.4 (downsampling).
+    Source: Tay et al. 2022, section 2 (downsampling).
     """
     return strided(tokens, signals, stride=stride)
 
@@ -64,7 +64,7 @@ def mix(
     Raises:
       ValueError: there is no block size.
 
-    Source: Tay et al. 2022, eq. 1 to 5.
+    Source: Tay et al. 2022, section 2 (block means, scores, latent subwords).
     """
     if blocks < 1:
         raise ValueError(f"the largest block has at least one token; got {blocks}")
@@ -96,7 +96,7 @@ def block_means(features: Float[Array, "B N D"], valid: Bool[Array, "B N"], size
 def agree(shares: Float[Array, "B N S"], valid: Bool[Array, "B N"]) -> Float[Array, "B N S"]:
     """`softmax(P P^T) P` over the real tokens of each row, some rows of the map at a time; P `[B, N, S]` float32.
 
-    Source: Tay et al. 2022, eq. 4 (position-wise score calibration).
+    Source: Tay et al. 2022, section 2 (position-wise score calibration).
     """
     batch, length, sizes = shares.shape
     keys, key_bias = shares[:, :, None, :], jnp.where(valid, 0.0, -jnp.inf)

@@ -36,7 +36,7 @@ def hnet(tokens: TokenSet, signals: Signals, *, threshold: float = 0.5) -> Chunk
       signals: `queries`, `keys` `[B, N, C]`, from maps that start as the identity.
       threshold: strict.
 
-    Source: Hwang et al. 2025, section 2.2, eq. 4 (routing module).
+    Source: Hwang et al. 2025 (routing module).
     """
     before = jnp.pad(signals.queries[:, :-1], ((0, 0), (1, 0), (0, 0)))
     probability = jnp.clip((1 - _cosine(before, signals.keys)) / 2, 0.0, 1.0)
@@ -51,10 +51,10 @@ def ratio_loss(chunks: Chunks, *, target: float) -> tuple[Array, Array]:
     Raises:
       ValueError: the target is not over 1 token a chunk.
 
-    Source: Hwang et al. 2025, eq. 10 (ratio loss).
+    Source: Hwang et al. 2025 (ratio loss); public code `load_balancing_loss`.
 
-    Differs: F and G are those of each row, which gradient accumulation leaves as they are; the release takes them over the batch
-    of a device.
+    Differs: F and G are those of each row, which gradient accumulation leaves as they are; the release takes them over the
+    batch of a device.
     """
     if target <= 1.0:
         raise ValueError(f"the target is a number of tokens a chunk, over 1; got {target}")
@@ -73,7 +73,7 @@ def smooth(
     Args:
       values: `[B, M, D]` z; probability: `[B, M]`, kept within 1e-4 of 0 and 1; filled: `[B, M]` False in empty slots.
 
-    Source: Hwang et al. 2025, eq. 5 (smoothing module).
+    Source: Hwang et al. 2025 (smoothing module).
     """
     share = jnp.clip(probability.astype(jnp.float32), _MARGIN, 1 - _MARGIN)
     # An empty slot passes on what came before.
@@ -100,7 +100,7 @@ def dechunk(values: Float[Array, "B M D"], chunks: Chunks, reduction: Reduction)
     Every token reads its chunk's smoothed value times STE(c), c the probability of the choice that was made there: 1 in the
     forward pass, with the gradient of c.
 
-    Source: Hwang et al. 2025, eq. 5 to 9 (dechunking layer).
+    Source: Hwang et al. 2025 (dechunking layer).
     """
     smoothed = smooth(values, at_heads(chunks.probability, reduction), reduction.slots >= 0)
     confidence = jnp.where(chunks.starts, chunks.probability, 1 - chunks.probability)

@@ -119,6 +119,8 @@ class BoundaryPredictor(Chunker):
       objective: "prior", which draws boundaries and holds their number near the prior; or supervised boundaries, without
         drawing: the name of a method that reads ids alone ("words", "space_patches"), or "entropy_spikes".
       prior: share of tokens that start a chunk.
+      draws: "training", after which the likelier outcome is taken, or "always", as the public code does, which holds the share
+        of boundaries near the prior in evaluation too.
       lm_width, lm_layers, lm_heads: of the byte model behind "entropy_spikes".
 
     Source: Nawrot et al. 2023; sizes and initial values of MrT5's baseline (`modeling_bpt5.py`).
@@ -129,6 +131,7 @@ class BoundaryPredictor(Chunker):
     hidden: int = 0
     objective: str = "prior"
     prior: float = 0.2
+    draws: str = "training"
     lm_width: int = 64
     lm_layers: int = 2
     lm_heads: int = 2
@@ -139,6 +142,8 @@ class BoundaryPredictor(Chunker):
                 f"objective={self.objective!r} gives no boundaries: 'prior', {ENTROPY_SPIKES!r}, or a chunking method that "
                 f"reads ids alone"
             )
+        if self.draws not in ("training", "always"):
+            raise ValueError(f"draws={self.draws!r}; one of 'training', 'always'")
         low = nn.initializers.constant(-1.0)
         self.norm = RMSNorm(dtype=self.dtype)
         self.inner = Linear((self.hidden or self.mlp_dim,), ("embed", "mlp"), dtype=self.dtype, bias_init=low)
@@ -150,7 +155,7 @@ class BoundaryPredictor(Chunker):
         """Boundary logits in float32."""
         hidden = activation("gelu")(self.inner(self.norm(tokens.features)))
         logits = self.logit(hidden.astype(jnp.float32))[..., 0]
-        draws = self.objective == "prior" and not deterministic
+        draws = self.objective == "prior" and (self.draws == "always" or not deterministic)
         return tokens.features, Signals(boundary_logits=logits, rng=self.make_rng("chunking") if draws else None)
 
     def decide(self, tokens: TokenSet, signals: Signals) -> Chunks:

@@ -415,6 +415,18 @@ class T5(nn.Module):
         after = state if self.chunking.lengthens else short
         return after.replace(tokens=after.tokens.replace(features=along_batch(finished)))
 
+    def chunk_sizes(self, inputs: int, chunks: float) -> dict[str, Any]:
+        """What `spec().macs` takes for sequences of `inputs` bytes in `chunks` chunks, the chunker's own MACs included."""
+        chunker = self._chunker(parent=None)
+        whole = max(self.chunk_layer - 1, 0)
+        return dict(
+            inputs=inputs,
+            counts=(inputs,) * whole + (chunks,) * (self.encoder_layers - whole),
+            entering=None if self.chunk_layer else chunks,
+            attended=inputs if chunker.lengthens else None,
+            chunker=chunker.macs(inputs, chunks, self.width),
+        )
+
     def spec(self) -> flops.T5Spec:
         """Sizes for `adaptive.flops.count`."""
         return flops.T5Spec(

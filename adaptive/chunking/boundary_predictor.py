@@ -32,7 +32,7 @@ def boundary_predictor(
     """Chunks that end where a Bernoulli variable with the predicted log-odds comes out 1.
 
     With a key the variable is relaxed and drawn, cut at `threshold`, and its gradient is that of the relaxed sample; without
-    one its mean decides.
+    one the likelier outcome is taken.
 
     Args:
       tokens: `[B, N, D]`.
@@ -45,8 +45,6 @@ def boundary_predictor(
 
     Source: Nawrot et al. 2023, as MrT5's baseline "BP" has it (Kallini et al. 2025, section 4; public code
     `modeling_bpt5.py`): an encoder without a null group, the last real token ends a group.
-
-    Differs: evaluation does not draw; the public code draws there too.
     """
     if not 0.0 < threshold < 1.0:
         raise ValueError(f"the threshold on a probability must lie in (0, 1); got {threshold}")

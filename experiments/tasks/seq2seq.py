@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte-level encoder-decoder language modelling, dense or with a deletion gate steered to a target rate.
+"""Byte-level encoder-decoder language modelling, dense, with a deletion gate steered to a target rate, or with a chunker.
 
 Shapes: B batch, N encoder bytes, T decoder bytes.
 """
@@ -19,6 +19,7 @@ from adaptive.deletion import gate as deletion_gate
 from adaptive.deletion.controller import Controller
 from experiments import data, parallel
 from experiments.data import span_corruption
+from experiments.tasks import chunking as chunk_tools
 from experiments.tasks.models import build_t5, check_keys
 from layers.t5 import T5
 
@@ -55,20 +56,22 @@ class Deletion:
 
 @dataclasses.dataclass(frozen=True)
 class Seq2Seq:
-    """Cross-entropy of the decoder's bytes, plus the gate regulariser.
+    """Cross-entropy of the decoder's bytes, plus the gate regulariser, or a chunker's losses.
 
     Attributes:
-      model: a T5; deletion: how its gate, if any, is used; inputs_length, targets_length: N and T.
+      model: a T5; deletion: how its gate, if any, is used; inputs_length, targets_length: N and T; chunking: weights of the
+        losses of its chunker, if any.
     """
 
     model: T5
     deletion: Deletion
     inputs_length: int
     targets_length: int
+    chunking: chunk_tools.Chunking = dataclasses.field(default_factory=chunk_tools.Chunking)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Seq2Seq:
-        """Reads `config.model` (see `experiments.tasks.models`), its `deletion` section and the lengths of `config.data`.
+        """Reads `config.model` (see `experiments.tasks.models`), its sections `deletion` and `chunking`, and `config.data`.
 
         Raises:
           ValueError: the data are no text, or the model section is wrong.
@@ -78,13 +81,16 @@ class Seq2Seq:
             raise ValueError(f"the task seq2seq needs text; config.data.source is {settings.source!r}")
         section = dict(config.model.get("deletion", {}))
         check_keys("model.deletion", section, (field.name for field in dataclasses.fields(Deletion)))
+        weights = dict(config.model.get("chunking", {}))
+        check_keys("model.chunking", weights, (field.name for field in dataclasses.fields(chunk_tools.Chunking)))
         if settings.objective == "span_corruption":
             inputs = settings.inputs_length
             targets = span_corruption.lengths(inputs, settings.noise_density, settings.mean_span)[1]
         else:
             # Without a context the encoder sees a single end-of-sequence byte.
             inputs, targets = max(settings.context, 1), settings.targets_length
-        return cls(build_t5(config.model, dtype=config.dtype), Deletion(**section), inputs, targets)
+        model = build_t5(config.model, dtype=config.dtype)
+        return cls(model, Deletion(**section), inputs, targets, chunk_tools.Chunking(**weights))
 
     @property
     def tokens_per_example(self) -> int:
@@ -98,12 +104,15 @@ class Seq2Seq:
 
     def dense(self) -> Seq2Seq:
         """The same task with every byte kept; the parameters fit."""
-        return dataclasses.replace(self, deletion=dataclasses.replace(self.deletion, train="", evaluate=""))
+        deletion = dataclasses.replace(self.deletion, train="", evaluate="")
+        return dataclasses.replace(self, deletion=deletion, model=self.model.clone(chunker=None))
 
     def count(self, metrics: dict[str, float]) -> flops.Count:
         """MACs of one example with full inputs, from the share of bytes that an evaluation kept."""
         spec = self.model.spec()
         kept = metrics["kept"] * self.inputs_length
+        if self.model.chunker:
+            return flops.count(spec, targets=self.targets_length, **self.model.chunk_sizes(self.inputs_length, kept))
         deletes = self.model.gate is not None and self.deletion.evaluate == "hard"
         counts = spec.gated_counts(self.inputs_length, kept, self.model.gate_layer) if deletes else None
         return flops.count(spec, inputs=self.inputs_length, targets=self.targets_length, counts=counts)
@@ -118,21 +127,27 @@ class Seq2Seq:
         return {"controller": Controller.create(self.deletion.alpha)} if self.learned else {}
 
     def normalizers(self, batch: Any) -> dict[str, Any]:
-        """The numbers of decoder bytes that count and of real encoder bytes."""
+        """The numbers of decoder bytes that count, of real encoder bytes, and of rows with any."""
         return {
             "targets": jnp.sum(batch["labels"] != 0, dtype=jnp.float32),
             "inputs": jnp.sum(batch["input_ids"] != 0, dtype=jnp.float32),
+            "rows": chunk_tools.rows(batch),
         }
 
     def loss(
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
-        """Cross-entropy in nats a byte plus `alpha` times the mean gate value, and metrics."""
+        """Cross-entropy in nats a byte plus `alpha` times the mean gate value or a chunker's losses, and metrics."""
         mode = (self.deletion.train or None) if self.model.gate else None
         logits, aux = self._apply(params, batch, mode, rng, deterministic=not train)
         losses, mask = _byte_losses(logits, batch["labels"])
         loss = jnp.sum(losses) / normalizers["targets"]
         metrics = {"cross_entropy": (jnp.sum(losses), jnp.sum(mask))}
+        if self.model.chunker:
+            loss += self.chunking.loss(aux["losses"], normalizers["rows"])
+            return loss, metrics | aux["losses"] | chunk_tools.figures(
+                self.model, aux, jnp.ones_like(batch["input_ids"][:, 0])
+            )
         if mode is None:
             return loss, metrics
         tokens = aux["gate_tokens"]
@@ -159,10 +174,11 @@ class Seq2Seq:
         """Cross-entropy, bits per byte and the share of bytes left; each device picks its own rung of the ladder."""
         del extra
         mesh = jax.sharding.get_abstract_mesh()
-        on_ladder = self.model.gate is not None and self.model.rungs is not None and self.deletion.evaluate == "hard"
+        deletes = self.model.gate is not None and self.deletion.evaluate == "hard"
+        on_ladder = self.model.rungs is not None and (deletes or self.model.chunker is not None)
         if not on_ladder or mesh.empty or mesh.size == 1:
             return self._evaluate(params, batch)
-        if "rng" in registry.describe(self.model.gate).signals:
+        if chunk_tools.draws(self.model) or (deletes and "rng" in registry.describe(self.model.gate).signals):
             # A draw must not depend on the number of devices, so it stays under automatic sharding; there the ladder, whose
             # results are the same with or without it, would wait for the slowest row of all devices.
             return dataclasses.replace(self, model=self.model.clone(rungs=None))._evaluate(params, batch)
@@ -183,11 +199,12 @@ class Seq2Seq:
         total, count = jnp.sum(losses * weight), jnp.sum(mask * weight)
         inputs = jnp.sum((batch["input_ids"] != 0) * weight)
         left = jnp.sum(aux["tokens"][-1] * batch["weight"])
-        return {
+        found = {
             "cross_entropy": (total, count),
             "bits_per_byte": (_LOG2E * total, count),
             "kept": (left.astype(jnp.float32), inputs),
         }
+        return found | (chunk_tools.figures(self.model, aux, batch["weight"]) if self.model.chunker else {})
 
     @property
     def _scale(self) -> float:
@@ -202,7 +219,7 @@ class Seq2Seq:
             batch["decoder_input_ids"],
             deletion=mode,
             deterministic=deterministic,
-            rngs={"dropout": dropout, "deletion": drawn},
+            rngs={"dropout": dropout, "deletion": drawn, "chunking": drawn},
         )
 
 

@@ -2,8 +2,8 @@
 """Splits text into words as hierarchical byte-and-word models do, on the host; the words joined are the text again.
 
 A unit is `[one space][word][punctuation]`. Words are cut at Unicode word boundaries, around every punctuation character
-(class P), and between a lower-case and an upper-case letter. A run of two or more spaces is a unit of its own, and so is any other
-whitespace or control character (a carriage return joins the line feed after it).
+(class P), and between a lower-case and an upper-case letter. A run of two or more spaces is a unit of its own, and so is any
+other whitespace or control character (a carriage return joins the line feed after it).
 
 Source: Neitemeier et al. 2025 (HAT); the rule of the public splitter (hat-splitter).
 

@@ -40,7 +40,7 @@ def rows(batch: Any) -> Any:
 
 
 def figures(model: T5, aux: dict[str, Any], weight: Any) -> dict[str, tuple[Any, Any]]:
-    """`(sum, count)` of chunks a byte ("kept"), bytes a chunk, and the share of starts that do not fit; `weight [B]` of rows."""
+    """`(sum, count)` of chunks a byte ("kept"), bytes a chunk, the share of starts that do not fit; rows by `weight [B]`."""
     chunks = aux["chunks"]
     length = chunks.starts.shape[1]
     slots = length if model.capacity is None else min(model.capacity, length)

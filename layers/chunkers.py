@@ -71,8 +71,13 @@ class Chunker(nn.Module):
         """Whether `finish` gives tokens, not chunks."""
         return False
 
+    @property
+    def draws_in_evaluation(self) -> bool:
+        """Whether chunks are random even without dropout."""
+        return False
+
     def __call__(self, tokens: TokenSet, ids: Int[Array, "B N"], *, deterministic: bool = True) -> Proposal:
-        """Proposes chunks of `tokens`, whose vocabulary ids are `ids`; draws from the rng "chunking" in training."""
+        """Proposes chunks of `tokens`, whose vocabulary ids are `ids`; those that draw use the rng "chunking"."""
         features, signals = self.read(tokens, ids, deterministic)
         chunks = self.decide(tokens, signals)
         return Proposal(chunks, along_batch(features), self.losses(tokens, ids, signals, chunks))
@@ -119,8 +124,8 @@ class BoundaryPredictor(Chunker):
       objective: "prior", which draws boundaries and holds their number near the prior; or supervised boundaries, without
         drawing: the name of a method that reads ids alone ("words", "space_patches"), or "entropy_spikes".
       prior: share of tokens that start a chunk.
-      draws: "training", after which the likelier outcome is taken, or "always", as the public code does, which holds the share
-        of boundaries near the prior in evaluation too.
+      draws: "always", as in the public code, which holds the share of chunks near the prior in evaluation too; or "training",
+        after which the likelier outcome is taken.
       lm_width, lm_layers, lm_heads: of the byte model behind "entropy_spikes".
 
     Source: Nawrot et al. 2023; sizes and initial values of MrT5's baseline (`modeling_bpt5.py`).
@@ -131,7 +136,7 @@ class BoundaryPredictor(Chunker):
     hidden: int = 0
     objective: str = "prior"
     prior: float = 0.2
-    draws: str = "training"
+    draws: str = "always"
     lm_width: int = 64
     lm_layers: int = 2
     lm_heads: int = 2
@@ -142,8 +147,8 @@ class BoundaryPredictor(Chunker):
                 f"objective={self.objective!r} gives no boundaries: 'prior', {ENTROPY_SPIKES!r}, or a chunking method that "
                 f"reads ids alone"
             )
-        if self.draws not in ("training", "always"):
-            raise ValueError(f"draws={self.draws!r}; one of 'training', 'always'")
+        if self.draws not in ("always", "training"):
+            raise ValueError(f"draws={self.draws!r}; one of 'always', 'training'")
         low = nn.initializers.constant(-1.0)
         self.norm = RMSNorm(dtype=self.dtype)
         self.inner = Linear((self.hidden or self.mlp_dim,), ("embed", "mlp"), dtype=self.dtype, bias_init=low)
@@ -151,11 +156,16 @@ class BoundaryPredictor(Chunker):
         if self.objective == ENTROPY_SPIKES:
             self.byte_model = ByteModel(self.vocab_size, self.lm_width, self.lm_layers, self.lm_heads)
 
+    @property
+    def draws_in_evaluation(self) -> bool:
+        """Whether chunks are random even without dropout."""
+        return self.objective == "prior" and self.draws == "always"
+
     def read(self, tokens: TokenSet, ids: Array, deterministic: bool) -> tuple[Array, Signals]:
         """Boundary logits in float32."""
         hidden = activation("gelu")(self.inner(self.norm(tokens.features)))
         logits = self.logit(hidden.astype(jnp.float32))[..., 0]
-        draws = self.objective == "prior" and (self.draws == "always" or not deterministic)
+        draws = self.draws_in_evaluation or (self.objective == "prior" and not deterministic)
         return tokens.features, Signals(boundary_logits=logits, rng=self.make_rng("chunking") if draws else None)
 
     def decide(self, tokens: TokenSet, signals: Signals) -> Chunks:

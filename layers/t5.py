@@ -415,6 +415,11 @@ class T5(nn.Module):
         after = state if self.chunking.lengthens else short
         return after.replace(tokens=after.tokens.replace(features=along_batch(finished)))
 
+    @property
+    def draws_chunks(self) -> bool:
+        """Whether evaluation draws chunks, from the rng "chunking"."""
+        return self.chunker is not None and self._chunker(parent=None).draws_in_evaluation
+
     def chunk_sizes(self, inputs: int, chunks: float) -> dict[str, Any]:
         """What `spec().macs` takes for sequences of `inputs` bytes in `chunks` chunks, the chunker's own MACs included."""
         chunker = self._chunker(parent=None)

@@ -50,8 +50,3 @@ def figures(model: T5, aux: dict[str, Any], weight: Any) -> dict[str, tuple[Any,
         for values in (chunks.count, left_out, jnp.sum(chunks.valid, axis=-1))
     )
     return {"kept": (starts - over, real), "chunk_length": (real, starts - over), "overflow": (over, starts)}
-
-
-def draws(model: T5) -> bool:
-    """Whether the model's chunker draws in evaluation too."""
-    return dict(model.chunk_hyper).get("draws") == "always"

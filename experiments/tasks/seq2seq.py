@@ -178,7 +178,7 @@ class Seq2Seq:
         on_ladder = self.model.rungs is not None and (deletes or self.model.chunker is not None)
         if not on_ladder or mesh.empty or mesh.size == 1:
             return self._evaluate(params, batch)
-        if chunk_tools.draws(self.model) or (deletes and "rng" in registry.describe(self.model.gate).signals):
+        if self.model.draws_chunks or (deletes and "rng" in registry.describe(self.model.gate).signals):
             # A draw must not depend on the number of devices, so it stays under automatic sharding; there the ladder, whose
             # results are the same with or without it, would wait for the slowest row of all devices.
             return dataclasses.replace(self, model=self.model.clone(rungs=None))._evaluate(params, batch)

@@ -30,7 +30,7 @@ CHUNKERS = {
     "boundary_predictor": dict(chunk_hyper=(("draws", "training"),)),
     "hnet": {},
     "hnet_short": dict(chunker="hnet", chunk_hyper=(("dechunk", False),)),
-    "entropy_patches": dict(chunk_hyper=(*SMALL_LM, ("threshold", 5.3))),
+    "entropy_patches": dict(chunk_hyper=(*SMALL_LM, ("threshold", 5.56))),
     "gbst": dict(chunk_layer=0),
 }
 

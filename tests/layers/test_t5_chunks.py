@@ -25,7 +25,6 @@ RUNGS = (10, 32)
 SMALL_LM = (("lm_heads", 1), ("lm_layers", 1), ("lm_width", 8))
 CHUNKERS = {
     "words": {},
-    "space_patches": {},
     "strided": dict(chunk_hyper=(("stride", 3),)),
     "boundary_predictor": dict(chunk_hyper=(("draws", "training"),)),
     "hnet": {},
@@ -196,7 +195,7 @@ def test_chunks_on_a_ladder_are_one_conditional_without_a_transfer_to_the_host()
 
 @pytest.mark.parametrize("name", ["boundary_predictor", "hnet", "hnet_short", "strided", "gbst", "entropy_patches"])
 def test_gradients_are_finite_and_reach_every_learned_part(name):
-    module = model(name)
+    module = model(name, encoder_layers=1)
 
     def loss(params):
         logits, aux = runner(module, False).__wrapped__(params, *batch())

@@ -16,6 +16,8 @@ from configs.mrt5 import continuation
 from experiments import tasks
 from experiments.tasks.seq2seq import Seq2Seq
 
+# The compiler takes most of the time here; without its optimisations it takes half.
+QUICK = {"xla_backend_optimization_level": "0"}
 CHUNKERS = ("strided", "words", "boundary_predictor", "hnet")
 
 
@@ -38,11 +40,11 @@ def make_batch(rows=4):
 def run_loss(task, params, batch, normalizers=None):
     normalizers = task.normalizers(batch) if normalizers is None else normalizers
     how = dict(rng=jax.random.key(0), step=0, extra={}, normalizers=normalizers, train=False)
-    return jax.jit(lambda params, batch: task.loss(params, batch, **how))(params, batch)
+    return jax.jit(lambda params, batch: task.loss(params, batch, **how), compiler_options=QUICK)(params, batch)
 
 
 def parameters(task, batch):
-    return nn.unbox(jax.jit(task.init)(jax.random.key(0), batch))["params"]
+    return nn.unbox(jax.jit(task.init, compiler_options=QUICK)(jax.random.key(0), batch))["params"]
 
 
 def test_the_weighted_losses_of_a_chunker_are_added():
@@ -70,7 +72,8 @@ def test_evaluation_reports_chunks_and_their_overflow():
     batch = make_batch() | {"weight": np.array([1.0, 1.0, 1.0, 0.0], np.float32)}
     task = make_task("words", capacity=3)
     params = parameters(task, batch)
-    found = jax.jit(lambda params, batch: task.eval_step(params, batch, extra={}))(params, batch)
+    evaluate = jax.jit(lambda params, batch: task.eval_step(params, batch, extra={}), compiler_options=QUICK)
+    found = evaluate(params, batch)
     starts = registry.get("words")(
         TokenSet.create(jnp.zeros((3, 16, 1)), mask=batch["input_ids"][:3] != 0),
         Signals(token_ids=jnp.asarray(batch["input_ids"][:3])),

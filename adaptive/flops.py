@@ -158,14 +158,25 @@ class T5Spec:
     gated: bool = True
 
     def macs(
-        self, *, batch: int = 1, inputs: int, targets: int = 0, counts: Sequence[float] | None = None
+        self,
+        *,
+        batch: int = 1,
+        inputs: int,
+        targets: int = 0,
+        counts: Sequence[float] | None = None,
+        entering: float | None = None,
+        attended: float | None = None,
+        chunker: float = 0.0,
     ) -> dict[str, float]:
         """MACs by block for encoding and scoring one batch (teacher forcing).
 
         Args:
           batch: B.
           inputs: N encoder tokens; targets: T decoder tokens, 0 for the encoder alone.
-          counts: encoder tokens after each layer; all tokens when None. The decoder attends to the last count.
+          counts: encoder tokens after each layer; all tokens when None.
+          entering: tokens that the first layer gets (chunks of the embeddings); N when None.
+          attended: tokens that the decoder attends to; the last count when None.
+          chunker: MACs of a chunker itself for one sequence.
 
         Raises:
           ValueError: one count a layer is needed.
@@ -173,14 +184,17 @@ class T5Spec:
         counts = (inputs,) * self.encoder_layers if counts is None else tuple(counts)
         if len(counts) != self.encoder_layers:
             raise ValueError(f"counts needs one entry for each of {self.encoder_layers} layers; got {len(counts)}")
-        before = (inputs, *counts[:-1])
+        before = (inputs if entering is None else entering, *counts[:-1])
+        attended = counts[-1] if attended is None else attended
         blocks = {
             "encoder_attention": sum(attention_macs(n, n, self.width, self.inner) for n in before),
             "encoder_mlp": sum(mlp_macs(n, self.width, self.mlp_dim, gated=self.gated) for n in before),
         }
+        if chunker:
+            blocks["chunker"] = chunker
         if targets:
             own = attention_macs(targets, targets, self.width, self.inner)
-            cross = attention_macs(targets, counts[-1], self.width, self.inner)
+            cross = attention_macs(targets, attended, self.width, self.inner)
             mlp = mlp_macs(targets, self.width, self.mlp_dim, gated=self.gated)
             blocks |= {
                 "decoder_attention": self.decoder_layers * own,

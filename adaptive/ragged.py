@@ -116,6 +116,8 @@ def on_ladder(
     keep: Bool[Array, "B N"],
     rungs: Sequence[int],
     *operands: Any,
+    reduce: Callable[[Any, int], Reduction] | None = None,
+    source: Any = None,
     switch: Callable = jax.lax.switch,
 ) -> Any:
     """Runs `work(reduction, *operands)` at the smallest rung that holds every row's kept tokens.
@@ -125,24 +127,28 @@ def on_ladder(
     picks its own, and `work` may then hold no collective.
 
     Args:
-      work: gets the compaction to the rung's length; its outputs must have the same shapes at every rung.
-      keep: `[B, N]` bool, tokens that survive.
+      work: gets the reduction to the rung's length; its outputs must have the same shapes at every rung.
+      keep: `[B, N]` bool, tokens that head a slot: those that survive, or the starts of chunks.
       rungs: rising static lengths, the last at least N.
       operands: arrays for `work`.
+      reduce: `(source, rung) -> Reduction` to that many slots; the compaction of the kept tokens when None.
+      source: pytree of arrays that `reduce` reads; `keep` when None.
       switch: `jax.lax.switch`, or a bound lifted form of it for Linen modules.
 
     Raises:
       ValueError: the sequence is longer than the ladder.
     """
     rungs = check_rungs(rungs, keep.shape[-1])
+    reduce = functools.partial(compact, overflow="checked") if reduce is None else reduce
+    source = keep if source is None else source
 
-    def branch(rung: int, keep: Array, *operands: Any) -> Any:
-        return work(compact(keep, rung, overflow="checked"), *operands)
+    def branch(rung: int, source: Any, *operands: Any) -> Any:
+        return work(reduce(source, rung), *operands)
 
     if len(rungs) == 1:
-        return branch(rungs[0], keep, *operands)
+        return branch(rungs[0], source, *operands)
     index = choose_rung(jnp.sum(keep, axis=-1), rungs)
-    return switch(index, [functools.partial(branch, rung) for rung in rungs], keep, *operands)
+    return switch(index, [functools.partial(branch, rung) for rung in rungs], source, *operands)
 
 
 def padding_waste(counts: Int[Array, " B"], rungs: Sequence[int]) -> Float[Array, ""]:

@@ -16,6 +16,7 @@ from adaptive.tokens import Reduction, Signals, TokenSet
 KINDS = {
     "reduction": "which tokens survive, merged or pruned",
     "deletion": "bytes deleted by a gate in an encoder",
+    "chunking": "bytes grouped into chunks of varying length",
 }
 
 
@@ -129,7 +130,7 @@ def get(name: str) -> Callable[..., Any]:
 
     A token reduction is called `(tokens, signals, budget, **hyper)` and returns a `Reduction`; `budget` is the number of
     surviving tokens, or a `budgets.Threshold`. A deletion gate is called `(tokens, signals, **hyper)` and returns gate values
-    `[B, N]`.
+    `[B, N]`; a chunking method is called the same way and returns `Chunks`.
 
     Raises:
       KeyError: no such method.
@@ -179,5 +180,6 @@ def _check_signals(record: Record, signals: Signals) -> None:
 
 def _load() -> None:
     """Imports the packages whose modules enter themselves."""
+    import adaptive.chunking
     import adaptive.deletion
     import adaptive.reduction  # noqa: F401

@@ -105,6 +105,8 @@ class Signals:
       text_features: `[B, Q, C]`; image_text_similarity: `[B, N]`; frame_features: `[B, T, C]`.
       token_ids: `[B, N]` vocabulary ids (byte-level methods).
       gate_logits: `[B, N]` output of a learned gate, high to keep.
+      boundary_logits: `[B, N]` output of a learned boundary predictor, high where a chunk ends.
+      entropies: `[B, N]` in nats, of the prediction of the next byte from the bytes up to this one.
       rng: a PRNG key for methods that draw.
       cls_token: True when slot 0 is a class token, which every method then keeps.
       grid: `(t, h, w)` of the patches; layer: index of the layer. Both are static.
@@ -123,6 +125,8 @@ class Signals:
     frame_features: Any = None
     token_ids: Any = None
     gate_logits: Any = None
+    boundary_logits: Any = None
+    entropies: Any = None
     rng: Any = None
     cls_token: bool = flax.struct.field(pytree_node=False, default=False)
     grid: tuple[int, int, int] | None = flax.struct.field(pytree_node=False, default=None)
@@ -152,12 +156,15 @@ class Reduction:
       assign: `[B, N]` int32, slot that each token joins; -1 when dropped.
       weight: `[B, N]` float32, coefficient of each token in its slot. A method makes them sum to 1 over a slot.
       merges: static; False when every slot is exactly its head, so that a gather is enough.
+      stands_at_head: static; True when a slot has the coordinates of its head whatever joins it (chunks of a text), and the
+        mass of all that joins it even where its features are the head's alone.
     """
 
     slots: Int[Array, "B M"]
     assign: Int[Array, "B N"]
     weight: Float[Array, "B N"]
     merges: bool = flax.struct.field(pytree_node=False, default=True)
+    stands_at_head: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def identity(cls, batch: int, length: int) -> Reduction:
@@ -190,16 +197,19 @@ class Reduction:
         """`mass [B, N]` summed over the tokens of each slot."""
         return (
             jnp.einsum("bmn,bn->bm", self.support(), mass, precision=_PRECISION)
-            if self.merges
+            if self.merges or self.stands_at_head
             else _gather(mass, self.slots)
         )
 
     def apply(self, tokens: TokenSet) -> TokenSet:
-        """The reduced token set: features and coordinates averaged, mass summed, origin followed."""
+        """The reduced token set: features and coordinates averaged, mass summed, origin followed.
+
+        With `stands_at_head` coordinates are those of the heads.
+        """
         return TokenSet(
             self.reduce(tokens.features),
             self.reduce_mass(tokens.mass),
-            self.reduce(tokens.coords),
+            _gather(tokens.coords, self.slots) if self.stands_at_head else self.reduce(tokens.coords),
             _follow(tokens.origin, self.assign),
         )
 
@@ -213,6 +223,8 @@ class Reduction:
     def then(self, second: Reduction | DenseReduction) -> Reduction | DenseReduction:
         """The reduction that does this one and then `second`.
 
+        It stands at heads only where both do; otherwise its coordinates are means over all that joins a slot.
+
         Raises:
           ValueError: `second` does not reduce as many tokens as this one leaves.
         """
@@ -224,7 +236,12 @@ class Reduction:
             _follow(self.assign, second.assign),
             self.weight * _gather(second.weight, self.assign),
             merges=self.merges or second.merges,
+            stands_at_head=(self.stands_at_head or second.stands_at_head) and self._at_heads and second._at_heads,
         )
+
+    @property
+    def _at_heads(self) -> bool:
+        return self.stands_at_head or not self.merges
 
 
 @flax.struct.dataclass

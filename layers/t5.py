@@ -1,35 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoder-decoder T5 (version 1.1) and byte-level ByT5, with hooks after encoder layers and a delete gate.
+"""Encoder-decoder T5 (version 1.1) and byte-level ByT5, with hooks after encoder layers, a delete gate, or a chunker.
 
 Shapes: B batch, N encoder tokens, M encoder tokens after a reduction, T decoder tokens, D width, H heads, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptive import flops, ragged, registry
+from adaptive.chunking import chunks as chunks_lib
 from adaptive.deletion import gate as deletion_gate
 from adaptive.tokens import Reduction, Signals, TokenSet
+from layers import chunkers
 from layers.delete_gate import DeleteGate
 from layers.hooks import follow
 from layers.norms import RMSNorm
 from layers.relative_bias import RelativeBias
 from layers.sharding import along_batch
-from layers.t5_layers import (
-    DecoderCache,
-    DecoderLayer,
-    Encoded,
-    EncoderLayer,
-    ScannedDecoderLayer,
-    ScannedEncoderLayer,
-)
+from layers.t5_decoding import Decoding, add
+from layers.t5_layers import DecoderLayer, EncoderLayer, EncoderState, ScannedDecoderLayer, ScannedEncoderLayer
 
 DELETIONS = (None, "soft", "hard")
 
@@ -45,40 +39,20 @@ def _normal(deviation: float, axes: tuple[str, ...]) -> Any:
     return nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
 
 
-@flax.struct.dataclass
-class _State:
-    """The encoder between two layers.
+class _Done(NamedTuple):
+    """What the layers above a gate or a chunker give.
 
     Attributes:
-      tokens: the token set; gate: `[B, N]` values that fade keys, or None; reduction: all that hooks did so far, or None.
-      excess: `[B]` sum of the score excess over the maps so far, or None; moved: static; True once the rows' positions may
-        differ.
+      output: of the model; counts: real tokens left at each layer; key_bias: `[B, N]` of cross-attention; excess: see `T5`.
     """
 
-    tokens: TokenSet
-    gate: Any = None
-    reduction: Any = None
-    excess: Any = None
-    moved: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @property
-    def key_bias(self) -> Float[Array, "B N"]:
-        """Log mass (0 for a plain token, -inf for padding) plus the gate."""
-        return self.tokens.log_mass if self.gate is None else self.tokens.log_mass + self.gate
-
-    def reduce(self, reduction: Reduction) -> _State:
-        """The state after a reduction of its tokens."""
-        tokens = reduction.apply(self.tokens)
-        return _State(
-            tokens.replace(features=along_batch(tokens.features)),
-            None if self.gate is None else reduction.reduce(self.gate),
-            reduction if self.reduction is None else self.reduction.then(reduction),
-            self.excess,
-            moved=True,
-        )
+    output: Array
+    counts: Array
+    key_bias: Array
+    excess: Array | None
 
 
-class T5(nn.Module):
+class T5(Decoding):
     """Encoder-decoder transformer with T5 1.1 blocks (pre-RMSNorm, no biases, gated GELU, bucketed relative positions).
 
     The encoder can change its tokens in two ways. `hooks` reduce them after chosen layers (`layers.hooks.Reduce` with
@@ -86,12 +60,20 @@ class T5(nn.Module):
     values fade keys in all later encoder layers and in cross-attention; with `deletion="hard"` the deleted tokens are gone
     from there on, packed into `capacity` slots or into the smallest rung of the ladder `rungs` that holds every row.
 
+    Instead, a `chunker` groups bytes after `chunk_layer` layers, and the layers above run on the chunks, each standing where
+    its first byte stood. It always acts: in training on as many slots as there are bytes (or `capacity`), otherwise on a rung
+    of the ladder too. `model.clone(chunker=None)` is the dense model over the same parameters.
+
     Attributes:
       vocab_size, width, mlp_dim, heads, head_dim, encoder_layers, decoder_layers: sizes; 0 decoder layers is an encoder.
       softmax: "standard", or "off_by_one" as all models of the MrT5 family use.
       gate: name of a registered deletion method, or None; gate_layer: layers before it; gate_hyper: its keyword arguments.
-      rungs: ladder for hard deletion, rising, the last at least N; capacity: a single static length instead. With neither,
-        hard deletion compacts without shrinking.
+      chunker: name of a registered chunking method, or None; chunk_layer: layers before it, 0 to act on the embeddings;
+        chunk_hyper: keyword arguments of the method and attributes of its learned part in `layers.chunkers`.
+      chunk_local: in the layers before, bytes attend to their own chunk alone; for methods that read ids alone. With
+        chunker="words" and `pool="first"` this is a hierarchical model of bytes and words.
+      rungs: ladder for hard deletion and chunks, rising, the last at least N; capacity: a single static length instead. With
+        neither, nothing shrinks.
       hooks: after encoder layers.
       hard_probability: of a training batch in which soft deletion removes keys as hard deletion would.
       score_excess: puts the pair "score_excess" into the losses: the mean of `max(S, 5) - 5` over the logits S, before gate
@@ -100,9 +82,11 @@ class T5(nn.Module):
       remat: recompute each layer in the backward pass; scan_layers: one compiled layer for the whole stack.
       dtype: of the computation; parameters stay float32.
 
-    Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated GELU), Xue et al. 2022 (ByT5), Kallini et al. 2025 (MrT5).
+    Source: Raffel et al. 2020 (T5), Shazeer 2020 (gated GELU), Xue et al. 2022 (ByT5), Kallini et al. 2025 (MrT5),
+    Neitemeier et al. 2025 (HAT: bytes that see their own word, then words).
 
-    Differs: the output head starts from fan-in variance, not from the unit variance of the public PyTorch code.
+    Differs: the output head starts from fan-in variance, not from the unit variance of the public PyTorch code. HAT reads a
+    word off an extra token and decodes byte by byte inside a word; here its first byte carries it and the decoder is T5's.
     """
 
     vocab_size: int = 384
@@ -116,6 +100,10 @@ class T5(nn.Module):
     gate: str | None = None
     gate_layer: int = 3
     gate_hyper: tuple[tuple[str, Any], ...] = ()
+    chunker: str | None = None
+    chunk_layer: int = 0
+    chunk_hyper: tuple[tuple[str, Any], ...] = ()
+    chunk_local: bool = False
     rungs: tuple[int, ...] | None = None
     capacity: int | None = None
     hooks: tuple[Any, ...] = ()
@@ -143,9 +131,11 @@ class T5(nn.Module):
         )
         self.encoder_bias = RelativeBias(self.heads, bidirectional=True, **bias)
         self.encoder_norm = RMSNorm(self.epsilon, dtype=self.dtype)
-        split = self.gate_layer if self.gate else 0
+        split, layers = self._split, self.encoder_layers
         self.lower = self._stack(ScannedEncoderLayer, EncoderLayer, range(split), "lower_stack")
-        self.upper = self._stack(ScannedEncoderLayer, EncoderLayer, range(split, self.encoder_layers), "upper_stack")
+        self.upper = self._stack(ScannedEncoderLayer, EncoderLayer, range(split, layers), "upper_stack")
+        if self.chunker:
+            self.chunking = self._chunker()
         if self.gate and "gate_logits" in registry.describe(self.gate).signals:
             self.delete_gate = DeleteGate()
         if self.decoder_layers:
@@ -160,7 +150,17 @@ class T5(nn.Module):
                     kernel_init=_normal(self.width**-0.5, ("embed", "vocab")),
                 )
 
+    @property
+    def _split(self) -> int:
+        """Encoder layers before the gate or the chunker; the same without the chunker, so that parameters fit."""
+        return self.gate_layer if self.gate else self.chunk_layer
+
+    def _chunker(self, **attributes: Any) -> chunkers.Chunker:
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "mlp_dim", "heads", "head_dim", "dtype")}
+        return chunkers.build(self.chunker, self.chunk_hyper, **sizes, **attributes)
+
     def _check(self) -> None:
+        self._check_chunker()
         if self.gate is not None and not 1 <= self.gate_layer <= self.encoder_layers:
             raise ValueError(f"gate_layer must lie in 1..{self.encoder_layers} (the encoder); got {self.gate_layer}")
         if self.gate is not None and registry.describe(self.gate).kind != "deletion":
@@ -178,6 +178,20 @@ class T5(nn.Module):
                 raise ValueError(
                     f"the encoder of T5 takes hooks after a layer (place='after'); got place={hook.place!r}"
                 )
+
+    def _check_chunker(self) -> None:
+        if not 0 <= self.chunk_layer <= self.encoder_layers:
+            raise ValueError(f"chunk_layer must lie in 0..{self.encoder_layers} (the encoder); got {self.chunk_layer}")
+        if self.chunker is None:
+            return
+        if self.gate is not None or self.hooks:
+            other = f"gate={self.gate!r}" if self.gate is not None else "hooks"
+            raise ValueError(f"chunker={self.chunker!r} and {other} would both shorten the encoder; give one of them")
+        if self.chunk_local and not (self.chunk_layer and chunkers.from_ids(self.chunker)):
+            raise ValueError(
+                f"chunk_local needs chunks that are known from the ids before layers run on bytes: a chunk_layer over 0 and a "
+                f"method that reads ids alone; got chunk_layer={self.chunk_layer} and chunker={self.chunker!r}"
+            )
 
     def _stack(self, scanned: type, single: type, layers: range, name: str) -> Any:
         """The layers of a stack: one scanned module, or a list of modules numbered through the whole encoder."""
@@ -236,19 +250,31 @@ class T5(nn.Module):
           stand left-packed with zeros behind them). `aux`: "tokens" `[L, B]` real tokens after each encoder layer;
           "token_set" after the encoder (None after hard deletion) and "reduction", all that hooks did; "delete_gate" `[B, N]`
           gate values and "gate_logits" `[B, N]` of a learned gate (without noise), "kept" `[B, N]` what hard deletion keeps,
-          "gate_tokens" the token set that the gate saw; "key_bias" `[B, M]` of the encoder's output in cross-attention;
-          "losses", named pairs (sum, count).
+          "gate_tokens" the token set that the gate saw; "chunks" of a chunker (then "token_set" is None, and features stand as
+          after hard deletion unless the chunker turns chunks back into bytes); "key_bias" `[B, M]` of the encoder's output in
+          cross-attention; "losses" `{name: (sum, count)}`.
 
         Raises:
           ValueError: an unknown deletion mode, deletion without a gate, a sequence longer than the ladder.
         """
         self._check_call(decoder_input_ids, deletion)
         mask = input_ids != 0 if attention_mask is None else attention_mask.astype(bool)
-        state = _State(TokenSet.create(along_batch(self.embedding(input_ids)), mask=mask))
+        state = EncoderState(TokenSet.create(along_batch(self.embedding(input_ids)), mask=mask))
+        if self.chunker and self.chunk_local:
+            own = self.chunking.decide(state.tokens, Signals(token_ids=input_ids))
+            state = state.replace(chunk=chunks_lib.segments(own))
         counts: list[Array] = []
         state = self._encode(self.lower, 0, state, counts, deterministic)
         aux: dict[str, Any] = {"losses": {}}
-        aux |= dict.fromkeys(("delete_gate", "gate_logits", "kept", "gate_tokens"))
+        aux |= dict.fromkeys(("delete_gate", "gate_logits", "kept", "gate_tokens", "chunks"))
+        if self.chunker:
+            found = self.chunking(state.tokens, input_ids, deterministic=deterministic)
+            done = self._finish_short(state, found.chunks.starts, found, decoder_input_ids, deterministic)
+            # A chunker on the embeddings comes before the first layer.
+            counts = [*counts[:-1], *(done.counts if counts else done.counts[1:])]
+            aux |= {"chunks": found.chunks, "losses": found.losses | self._score_loss(done.excess, decoder_input_ids)}
+            aux |= {"tokens": jnp.stack(counts), "key_bias": done.key_bias}
+            return done.output, aux | {"token_set": None, "reduction": None}
         # Gate parameters are created even when the first call does not delete.
         if self.gate and (deletion or self.is_initializing()):
             gate, logits = self._gate_values(state, input_ids, deterministic)
@@ -256,94 +282,16 @@ class T5(nn.Module):
             aux["kept"] = self._survivors(gate, state.tokens)
             # Parameters must exist before the branches of a ladder share them: never initialise inside one.
             if deletion == "hard" and not self.is_initializing():
-                output, left, key_bias, excess = self._finish_hard(state, aux["kept"], decoder_input_ids, deterministic)
-                aux |= {"tokens": jnp.stack([*counts[:-1], *left]), "key_bias": key_bias}
-                aux["losses"] |= self._score_loss(excess, decoder_input_ids)
-                return output, aux | {"token_set": None, "reduction": state.reduction}
+                done = self._finish_short(state, aux["kept"], None, decoder_input_ids, deterministic)
+                aux |= {"tokens": jnp.stack([*counts[:-1], *done.counts]), "key_bias": done.key_bias}
+                aux["losses"] |= self._score_loss(done.excess, decoder_input_ids)
+                return done.output, aux | {"token_set": None, "reduction": state.reduction}
             state = state.replace(gate=self._fading(gate, state.tokens, deterministic))
         state = self._encode(self.upper, len(counts), state, counts, deterministic)
         output, excess = self._decode(state, decoder_input_ids, deterministic)
         aux["losses"] |= self._score_loss(excess, decoder_input_ids)
         aux |= {"tokens": jnp.stack(counts), "key_bias": state.key_bias}
         return output, aux | {"token_set": state.tokens, "reduction": state.reduction}
-
-    def encode(
-        self,
-        input_ids: Int[Array, "B N"],
-        attention_mask: Bool[Array, "B N"] | None = None,
-        *,
-        deletion: str | None = None,
-    ) -> Encoded:
-        """The encoder's output as a decoder takes it; arguments and errors are those of the call."""
-        features, aux = self(input_ids, attention_mask, deletion=deletion)
-        return Encoded(features, aux["key_bias"], aux["tokens"][-1], aux)
-
-    @nn.nowrap
-    def unrolled_decoder(self, variables: Any) -> tuple[T5, Any]:
-        """A model whose decoder layers are not scanned, and the variables that it takes; for decoding alone.
-
-        In a loop over tokens each step of a scanned stack would copy every layer's weights out of it.
-
-        Raises:
-          ValueError: the model has no decoder.
-        """
-        self._need_decoder()
-        if not self.scan_layers:
-            return self, variables
-        params = dict(variables["params"])
-        stack = params.pop("decoder_stack")["layer"]
-        for index in range(self.decoder_layers):
-            params[f"decoder_{index}"] = jax.tree.map(lambda leaf, index=index: leaf[index], stack)
-        return self.clone(scan_layers=False), {**variables, "params": params}
-
-    def decode(self, encoded: Encoded, decoder_input_ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits `[B, T, V]` of whole sequences, each token scored by those before it.
-
-        Raises:
-          ValueError: the model has no decoder.
-        """
-        self._need_decoder()
-        return self._score(encoded.features, encoded.key_bias, decoder_input_ids, True)[0]
-
-    def start_decoding(self, encoded: Encoded, max_length: int) -> DecoderCache:
-        """The cache for decoding up to `max_length` tokens: each layer's keys and values of `encoded`, none of its own yet.
-
-        Raises:
-          ValueError: the model has no decoder, or `max_length` is not positive.
-        """
-        self._need_decoder()
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1 token; got {max_length}")
-        if self.scan_layers:
-            _, cross = self.decoder.remember(encoded.features)
-        else:
-            cross = tuple(layer.remember(encoded.features) for layer in self.decoder)
-        own = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], max_length, x.shape[-1]), x.dtype), cross)
-        return DecoderCache(own, cross, encoded.key_bias)
-
-    def decode_step(
-        self, cache: DecoderCache, token_ids: Int[Array, " B"], position: int | Int[Array, ""]
-    ) -> tuple[Float[Array, "B V"], DecoderCache]:
-        """Logits `[B, V]` of the tokens after `token_ids [B]`, which stand at `position`, and the cache with them.
-
-        The tokens before must have been decoded, in order from position 0 (T5 starts with id 0).
-
-        Raises:
-          ValueError: a Python position outside the cache (a traced one cannot be checked).
-        """
-        places = jnp.arange(cache.slots)
-        bias = self.decoder_bias(jnp.reshape(position, (1, 1)), places[None])
-        bias = jnp.where(places <= position, bias, -jnp.inf)
-        x = along_batch(self.embedding(token_ids[:, None]))
-        if self.scan_layers:
-            x, own = self.decoder.step(x, cache.own, cache.cross, bias, cache.key_bias, position)
-        else:
-            own = []
-            for layer, memory, cross in zip(self.decoder, cache.own, cache.cross, strict=True):
-                x, memory = layer.step(x, memory, cross, bias, cache.key_bias, position)
-                own.append(memory)
-            own = tuple(own)
-        return self._logits(x)[:, 0], cache.replace(own=own)
 
     def _check_call(self, decoder_input_ids: Array | None, deletion: str | None) -> None:
         if deletion not in DELETIONS:
@@ -352,10 +300,6 @@ class T5(nn.Module):
             raise ValueError(f"deletion={deletion!r} needs a model with a gate; this one has gate=None")
         if decoder_input_ids is not None and not self.decoder_layers:
             raise ValueError("this model has no decoder layers, but decoder_input_ids were given")
-
-    def _need_decoder(self) -> None:
-        if not self.decoder_layers:
-            raise ValueError("this model has no decoder layers (decoder_layers=0), so it cannot decode")
 
     @property
     def _scale(self) -> float:
@@ -379,12 +323,12 @@ class T5(nn.Module):
         """The pair of the score excess from its sum over maps; none where it is off or there is no map."""
         if excess is None:
             return {}
-        maps = self.encoder_layers - (self.gate_layer if self.gate else 0)
+        maps = self.encoder_layers - self._split
         maps += 0 if decoder_input_ids is None else self.decoder_layers
         return {"score_excess": (jnp.sum(excess) / maps, jnp.float32(excess.shape[0]))}
 
     def _gate_values(
-        self, state: _State, input_ids: Int[Array, "B N"], deterministic: bool
+        self, state: EncoderState, input_ids: Int[Array, "B N"], deterministic: bool
     ) -> tuple[Float[Array, "B N"], Float[Array, "B N"] | None]:
         """Gate values `[B, N]` of the registered deletion method and its logits; Gumbel noise is for training only."""
         needs = registry.describe(self.gate).signals
@@ -399,14 +343,16 @@ class T5(nn.Module):
         )
         return registry.get(self.gate)(state.tokens, signals, **hyper), signals.gate_logits
 
-    def _encode(self, layers: Any, first: int, state: _State, counts: list[Array], deterministic: bool) -> _State:
+    def _encode(
+        self, layers: Any, first: int, state: EncoderState, counts: list[Array], deterministic: bool
+    ) -> EncoderState:
         """Runs a stack of encoder layers, of which `first` is the first; appends real tokens after each to `counts`."""
         if not layers:
             return state
         if self.scan_layers:
             bias = self._encoder_bias(state)
             features, excess = layers(state.tokens.features, bias, state.key_bias, deterministic)
-            layers_run = (self.gate_layer if layers is self.lower else self.encoder_layers) - first
+            layers_run = (self._split if layers is self.lower else self.encoder_layers) - first
             counts.extend([state.tokens.count] * layers_run)
             excess = None if excess is None else jnp.sum(excess, axis=0)
             return state.replace(tokens=state.tokens.replace(features=features), excess=excess)
@@ -415,7 +361,7 @@ class T5(nn.Module):
             hooks = [hook for hook in self.hooks if hook.acts(index, state.tokens.features.shape[1])]
             asked = tuple(sorted({name for hook in hooks for name in hook.signals} - {"rng"}))
             features, signals = layer(state.tokens.features, bias, state.key_bias, asked, deterministic)
-            excess = _add(state.excess, signals.score_excess)
+            excess = add(state.excess, signals.score_excess)
             state = state.replace(tokens=state.tokens.replace(features=features), excess=excess)
             for hook in hooks:
                 if not hook.acts(index, state.tokens.features.shape[1]):
@@ -427,74 +373,110 @@ class T5(nn.Module):
             counts.append(state.tokens.count)
         return state
 
-    def _encoder_bias(self, state: _State) -> Float[Array, "b H N N"]:
+    def _encoder_bias(self, state: EncoderState) -> Float[Array, "b H N N"]:
         """Relative bias at the original positions; without a batch axis to repeat while all rows share them."""
         coords = state.tokens.coords[..., 0]
-        if not state.moved:
-            return self.encoder_bias(coords[:1], coords[:1])
-        return along_batch(self.encoder_bias(coords, coords))
+        if state.moved:
+            return along_batch(self.encoder_bias(coords, coords))
+        bias = self.encoder_bias(coords[:1], coords[:1])
+        if state.chunk is None:
+            return bias
+        own = state.chunk[:, :, None] == state.chunk[:, None, :]
+        return along_batch(bias + jnp.where(own, 0.0, -jnp.inf)[:, None])
 
     def _decode(
-        self, state: _State, decoder_input_ids: Array | None, deterministic: bool
+        self, state: EncoderState, decoder_input_ids: Array | None, deterministic: bool
     ) -> tuple[Array, Float[Array, " B"] | None]:
         """Logits `[B, T, V]`, or the normed encoder features without decoder tokens; and the score excess of all maps."""
         encoded = self.encoder_norm(state.tokens.features)
         if decoder_input_ids is None:
             return encoded, state.excess
         logits, excess = self._score(encoded, state.key_bias, decoder_input_ids, deterministic)
-        return logits, _add(state.excess, excess)
+        return logits, add(state.excess, excess)
 
-    def _score(
-        self, encoded: Float[Array, "B M D"], key_bias: Array, decoder_input_ids: Array, deterministic: bool
-    ) -> tuple[Float[Array, "B T V"], Float[Array, " B"] | None]:
-        """Logits `[B, T, V]`, and the score excess of cross-attention."""
-        positions = jnp.arange(decoder_input_ids.shape[1], dtype=jnp.float32)[None]
-        bias = self.decoder_bias(positions, positions)
-        x, total = along_batch(self.embedding(decoder_input_ids)), None
-        if self.scan_layers:
-            x, excess = self.decoder(x, encoded, bias, key_bias, deterministic)
-            total = None if excess is None else jnp.sum(excess, axis=0)
-        else:
-            for layer in self.decoder:
-                x, excess = layer(x, encoded, bias, key_bias, deterministic)
-                total = _add(total, excess)
-        return self._logits(x), total
-
-    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        x = self.decoder_norm(x)
-        logits = self.embedding.attend(x * self.width**-0.5) if self.tie_embeddings else self.head(x)
-        return logits.astype(jnp.float32)
-
-    def _finish_hard(
+    def _finish_short(
         self,
-        state: _State,
-        keep: Bool[Array, "B N"],
+        state: EncoderState,
+        heads: Bool[Array, "B N"],
+        found: chunkers.Proposal | None,
         decoder_input_ids: Array | None,
         deterministic: bool,
-    ) -> tuple[Array, Array, Array, Float[Array, " B"] | None]:
-        """Output with the deleted tokens gone, real tokens left at each layer, the key bias, the score excess."""
-        length = keep.shape[1]
+    ) -> _Done:
+        """What `_encode` and `_decode` give on the slots that `heads` begin.
+
+        The slots are the tokens that a gate keeps, or the chunks that were `found`.
+        """
+        length = heads.shape[1]
+
+        def reduce(source: Any, slots: int) -> Reduction:
+            # At most `capacity` tokens of a row are kept, see `_survivors`.
+            return ragged.compact(source, slots, overflow="checked") if found is None else pool(source, slots)
 
         def work(
-            reduction: Reduction, module: T5, state: _State, decoder_input_ids: Array | None
-        ) -> tuple[Array, Array, Array, Float[Array, " B"] | None]:
-            state = state.reduce(reduction)
-            counts = [state.tokens.count]
-            state = module._encode(module.upper, module.gate_layer, state, counts, deterministic)
-            output, excess = module._decode(state, decoder_input_ids, deterministic)
+            reduction: Reduction, module: T5, state: EncoderState, found: Any, decoder_input_ids: Array | None
+        ) -> _Done:
+            short = state.reduce(reduction) if found is None else module._pooled(state, found, reduction)
+            counts = [short.tokens.count]
+            short = module._encode(module.upper, module._split, short, counts, deterministic)
+            if found is not None:
+                short = module._chunks_done(state, short, found, reduction)
+            output, excess = module._decode(short, decoder_input_ids, deterministic)
             # Every rung must return the same shapes: survivors first, nothing behind them.
-            behind = length - state.key_bias.shape[1]
-            key_bias = jnp.pad(state.key_bias, ((0, 0), (0, behind)), constant_values=-jnp.inf)
+            behind = length - short.key_bias.shape[1]
+            key_bias = jnp.pad(short.key_bias, ((0, 0), (0, behind)), constant_values=-jnp.inf)
             if decoder_input_ids is None:
-                output = jnp.where(state.tokens.valid[..., None], output, 0)
+                output = jnp.where(short.tokens.valid[..., None], output, 0)
                 output = jnp.pad(output, ((0, 0), (0, behind), (0, 0)))
-            return output, jnp.stack(counts), key_bias, excess
+            return _Done(output, jnp.stack(counts), key_bias, excess)
 
-        if self.rungs is not None:
-            return ragged.on_ladder(work, keep, self.rungs, self, state, decoder_input_ids, switch=_lifted_switch)
+        source = heads if found is None else found.chunks
+        pool = self.chunking.reduction if found is not None else None
+        # Parameters must exist before the branches of a ladder share them, and training has no use for a ladder.
+        on_ladder = found is None or (deterministic and not self.is_initializing())
+        if self.rungs is not None and on_ladder:
+            return ragged.on_ladder(
+                work,
+                heads,
+                self.rungs,
+                *(self, state, found, decoder_input_ids),
+                reduce=reduce,
+                source=source,
+                switch=_lifted_switch,
+            )
         slots = length if self.capacity is None else min(self.capacity, length)
-        # At most `capacity` tokens of a row are kept, see `_survivors`.
-        return work(ragged.compact(keep, slots, overflow="checked"), self, state, decoder_input_ids)
+        return work(reduce(source, slots), self, state, found, decoder_input_ids)
+
+    def _pooled(self, state: EncoderState, found: chunkers.Proposal, reduction: Reduction) -> EncoderState:
+        """The chunks; a chunk is one key, however many bytes it stands for."""
+        short = state.reduce(reduction)
+        features = along_batch(self.chunking.shorten(found.features, reduction))
+        return short.replace(tokens=short.tokens.replace(features=features), proportional=False)
+
+    def _chunks_done(
+        self, state: EncoderState, short: EncoderState, found: chunkers.Proposal, reduction: Reduction
+    ) -> EncoderState:
+        """What the decoder sees: the chunks, or the bytes that the chunker makes of them."""
+        values, features = short.tokens.features, state.tokens.features
+        finished = self.chunking.finish(values, features, found.chunks, reduction)
+        after = state if self.chunking.lengthens else short
+        return after.replace(tokens=after.tokens.replace(features=along_batch(finished)))
+
+    @property
+    def draws_chunks(self) -> bool:
+        """Whether evaluation draws chunks, from the rng "chunking"."""
+        return self.chunker is not None and self._chunker(parent=None).draws_in_evaluation
+
+    def chunk_sizes(self, inputs: int, chunks: float) -> dict[str, Any]:
+        """What `spec().macs` takes for sequences of `inputs` bytes in `chunks` chunks, the chunker's own MACs included."""
+        chunker = self._chunker(parent=None)
+        whole = max(self.chunk_layer - 1, 0)
+        return dict(
+            inputs=inputs,
+            counts=(inputs,) * whole + (chunks,) * (self.encoder_layers - whole),
+            entering=None if self.chunk_layer else chunks,
+            attended=inputs if chunker.lengthens else None,
+            chunker=chunker.macs(inputs, chunks, self.width),
+        )
 
     def spec(self) -> flops.T5Spec:
         """Sizes for `adaptive.flops.count`."""
@@ -506,13 +488,6 @@ class T5(nn.Module):
             encoder_layers=self.encoder_layers,
             decoder_layers=self.decoder_layers,
         )
-
-
-def _add(total: Array | None, value: Array | None) -> Array | None:
-    """`total + value`, where None is nothing."""
-    if total is None or value is None:
-        return total if value is None else value
-    return total + value
 
 
 def _lifted_switch(index: Array, branches: list[Any], keep: Array, module: T5, *operands: Any) -> Any:

@@ -11,11 +11,50 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from adaptive.tokens import Signals
+from adaptive.tokens import Reduction, Signals, TokenSet
 from layers.attention import Attention, Memory
 from layers.linear import Initializer
 from layers.mlp import GatedMlp
 from layers.norms import RMSNorm
+from layers.sharding import along_batch
+
+
+@flax.struct.dataclass
+class EncoderState:
+    """The encoder between two layers.
+
+    Attributes:
+      tokens: the token set; gate: `[B, N]` values that fade keys, or None; reduction: all that hooks did so far, or None.
+      chunk: `[B, N]` number of the chunk that each token sees and no other, or None; gone after a reduction.
+      excess: `[B]` sum of the score excess over the maps so far, or None.
+      moved: static; True once the rows' positions may differ.
+      proportional: static; keys count as often as tokens they stand for.
+    """
+
+    tokens: TokenSet
+    gate: Any = None
+    reduction: Any = None
+    chunk: Any = None
+    excess: Any = None
+    moved: bool = flax.struct.field(pytree_node=False, default=False)
+    proportional: bool = flax.struct.field(pytree_node=False, default=True)
+
+    @property
+    def key_bias(self) -> Float[Array, "B N"]:
+        """Log mass (0 for a plain token or a chunk, -inf for padding) plus the gate."""
+        bias = self.tokens.log_mass if self.proportional else jnp.where(self.tokens.valid, 0.0, -jnp.inf)
+        return bias if self.gate is None else bias + self.gate
+
+    def reduce(self, reduction: Reduction) -> EncoderState:
+        """The state after a reduction of its tokens."""
+        tokens = reduction.apply(self.tokens)
+        return EncoderState(
+            tokens.replace(features=along_batch(tokens.features)),
+            None if self.gate is None else reduction.reduce(self.gate),
+            reduction if self.reduction is None else self.reduction.then(reduction),
+            excess=self.excess,
+            moved=True,
+        )
 
 
 @flax.struct.dataclass

@@ -4,23 +4,26 @@
     python -m experiments.train --config=configs/mrt5/continuation.py:gate=mrt5,rate=0.5 --workdir=runs/mrt5
     python -m experiments.train --config=configs/mrt5/continuation.py:gate=random_deletion,rate=0.5 --workdir=runs/random
     python -m experiments.train --config=configs/mrt5/continuation.py:gate=mrt5,runlocal --workdir=runs/try
+    python -m experiments.train --config=configs/mrt5/continuation.py:chunker=boundary_predictor,rate=0.7 --workdir=runs/bp
 
 The text is the running Python's own standard library unless `path` names text files. `gate` is a registered deletion method,
-or empty for the dense model; `rate` is the share of bytes to delete. Nothing in the paper has this form: it is what a model of
-a third of a million parameters learns from its encoder within minutes on two CPU cores, where span corruption takes far
-longer. Dense, 2,000 steps give 2.1 bits per byte, and 3.5 when the encoder reads another text. The gains of the controller
-suit hundreds of steps, not thousands.
+or empty for the dense model; `rate` is the share of bytes to delete. `chunker` instead groups bytes; one that can be told how
+many chunks to make leaves `1 - rate` of them a byte. Nothing in the paper has this form: it is what a model of a third of a
+million parameters learns from its encoder within minutes on two CPU cores, where span corruption takes far longer. Dense, 2,000
+steps give 2.1 bits per byte, and 3.5 when the encoder reads another text. The gains of the controller suit hundreds of steps,
+not thousands.
 """
 
 from ml_collections import ConfigDict
 
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.chunking import chunk_hyper
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, gate="", rate=0.5, path="", runlocal=False)
+    given = parse_arg(arg, gate="", chunker="", rate=0.5, path="", runlocal=False)
     config = base_config()
     config.task = "seq2seq"
     config.model = ConfigDict(
@@ -35,6 +38,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             gate=given.gate,
             gate_layer=2,
             gate_hyper={} if given.gate in ("", "mrt5", "no_deletion") else {"rate": given.rate},
+            chunker=given.chunker,
+            # The mixture of blocks works on embeddings.
+            chunk_layer=0 if given.chunker == "gbst" else 2,
+            chunk_hyper=chunk_hyper(given.chunker, given.rate),
             rungs=(12, 24, 36, 48),
             deletion=dict(target=given.rate, kp=0.05, ki=1e-4, train="soft", evaluate="hard"),
         )

@@ -4,10 +4,12 @@
     python -m experiments.train --config=configs/mrt5/spans.py:gate=mrt5,rate=0.5 --workdir=runs/mrt5
     python -m experiments.train --config=configs/mrt5/spans.py:gate=random_deletion,rate=0.5 --workdir=runs/random
     python -m experiments.train --config=configs/mrt5/spans.py:gate=mrt5,runlocal --workdir=runs/try
+    python -m experiments.train --config=configs/mrt5/spans.py:chunker=boundary_predictor,rate=0.7 --workdir=runs/bp
     python -m experiments.train --config=configs/mrt5/spans.py:gate=mrt5,path=BOOKS --workdir=runs/books
 
 The text is the running Python's own standard library unless `path` names text files. `gate` is a registered deletion method,
-or empty for the dense model; `rate` is the share of bytes to delete. A reduced-scale form of the paper's continued pre-training
+or empty for the dense model; `rate` is the share of bytes to delete. `chunker` instead groups bytes; one that can be
+told how many chunks to make leaves `1 - rate` of them a byte. A reduced-scale form of the paper's continued pre-training
 (Kallini et al. 2025, figure 2: ByT5-small scale, 1,024 bytes): 6+2 layers of width 96 on 128 bytes, some minutes on two CPU
 cores. The gains of the controller are higher than the paper's, as there are few steps.
 """
@@ -16,11 +18,12 @@ from ml_collections import ConfigDict
 
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.chunking import chunk_hyper
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, gate="", rate=0.5, path="", runlocal=False)
+    given = parse_arg(arg, gate="", chunker="", rate=0.5, path="", runlocal=False)
     config = base_config()
     config.task = "seq2seq"
     config.model = ConfigDict(
@@ -35,6 +38,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             gate=given.gate,
             gate_layer=2,
             gate_hyper={} if given.gate in ("", "mrt5", "no_deletion") else {"rate": given.rate},
+            chunker=given.chunker,
+            # The mixture of blocks works on embeddings.
+            chunk_layer=0 if given.chunker == "gbst" else 2,
+            chunk_hyper=chunk_hyper(given.chunker, given.rate),
             rungs=(32, 48, 64, 80, 96, 112, 128),
             # One compiled layer a stack: a ladder compiles the layers above the gate once for each rung.
             scan_layers=True,

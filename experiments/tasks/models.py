@@ -110,13 +110,14 @@ def with_reduction(model: ViT, reduction: Mapping[str, Any]) -> ViT:
 
 
 def build_t5(section: Mapping[str, Any], *, dtype: str) -> T5:
-    """The T5 of a model section; `gate=""` is none, and empty `rungs` no ladder.
+    """The T5 of a model section; `gate=""` and `chunker=""` are none, and empty `rungs` no ladder.
 
     Raises:
       ValueError: unknown keys.
     """
-    attributes = _attributes(T5, section, ("deletion",))
-    attributes["gate"] = attributes.get("gate") or None
-    attributes["rungs"] = attributes.get("rungs") or None
-    attributes["gate_hyper"] = tuple(sorted(dict(section.get("gate_hyper", {})).items()))
+    attributes = _attributes(T5, section, ("deletion", "chunking"))
+    for name in ("gate", "chunker", "rungs"):
+        attributes[name] = attributes.get(name) or None
+    for name in ("gate_hyper", "chunk_hyper"):
+        attributes[name] = tuple(sorted(dict(section.get(name, {})).items()))
     return T5(**attributes, dtype=jnp.dtype(dtype))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte-level encoder-decoder language modelling, dense or with a deletion gate steered to a target rate.
+"""Byte-level encoder-decoder language modelling, dense, with a deletion gate steered to a target rate, or with a chunker.
 
 Shapes: B batch, N encoder bytes, T decoder bytes.
 """
@@ -19,6 +19,7 @@ from adaptive.deletion import gate as deletion_gate
 from adaptive.deletion import objective
 from adaptive.deletion.controller import Controller
 from experiments import byte_classes, data, parallel
+from experiments.tasks import chunking as chunk_tools
 from experiments.tasks.models import build_t5, check_keys
 from layers.t5 import T5
 
@@ -89,12 +90,12 @@ class Deletion:
 
 @dataclasses.dataclass(frozen=True)
 class Seq2Seq:
-    """Cross-entropy of the decoder's bytes, plus the gate regulariser.
+    """Cross-entropy of the decoder's bytes, plus the gate regulariser, or a chunker's losses.
 
     Attributes:
       model: a T5; deletion: how its gate, if any, is used; inputs_length, targets_length: N and T.
       groups: of examples whose evaluation metrics are also reported apart, as `bits_per_byte/de`.
-      microbatches: in one optimiser step.
+      microbatches: in one optimiser step; chunking: weights of the losses of the model's chunker, if any.
     """
 
     model: T5
@@ -103,10 +104,11 @@ class Seq2Seq:
     targets_length: int
     groups: tuple[data.Group, ...] = ()
     microbatches: int = 1
+    chunking: chunk_tools.Chunking = dataclasses.field(default_factory=chunk_tools.Chunking)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Seq2Seq:
-        """Reads `config.model` (see `experiments.tasks.models`), its `deletion` section and the lengths of `config.data`.
+        """Reads `config.model` (see `experiments.tasks.models`), its sections `deletion` and `chunking`, and `config.data`.
 
         Raises:
           ValueError: the data are no pairs of byte sequences, or the model section is wrong.
@@ -115,8 +117,17 @@ class Seq2Seq:
         inputs, targets = data.lengths(settings)
         section = dict(config.model.get("deletion", {}))
         check_keys("model.deletion", section, (field.name for field in dataclasses.fields(Deletion)))
-        model = build_t5(config.model, dtype=config.dtype)
-        return cls(model, Deletion(**section), inputs, targets, data.groups(settings), microbatches=config.accumulate)
+        weights = dict(config.model.get("chunking", {}))
+        check_keys("model.chunking", weights, (field.name for field in dataclasses.fields(chunk_tools.Chunking)))
+        return cls(
+            build_t5(config.model, dtype=config.dtype),
+            Deletion(**section),
+            inputs,
+            targets,
+            data.groups(settings),
+            microbatches=config.accumulate,
+            chunking=chunk_tools.Chunking(**weights),
+        )
 
     @property
     def tokens_per_example(self) -> int:
@@ -130,12 +141,15 @@ class Seq2Seq:
 
     def dense(self) -> Seq2Seq:
         """The same task with every byte kept; the parameters fit."""
-        return dataclasses.replace(self, deletion=dataclasses.replace(self.deletion, train="", evaluate=""))
+        deletion = dataclasses.replace(self.deletion, train="", evaluate="")
+        return dataclasses.replace(self, deletion=deletion, model=self.model.clone(chunker=None))
 
     def count(self, metrics: dict[str, float]) -> flops.Count:
         """MACs of one example with full inputs, from the share of bytes that an evaluation kept."""
         spec = self.model.spec()
         kept = metrics["kept"] * self.inputs_length
+        if self.model.chunker:
+            return flops.count(spec, targets=self.targets_length, **self.model.chunk_sizes(self.inputs_length, kept))
         deletes = self.model.gate is not None and self.deletion.evaluate == "hard"
         counts = spec.gated_counts(self.inputs_length, kept, self.model.gate_layer) if deletes else None
         return flops.count(spec, inputs=self.inputs_length, targets=self.targets_length, counts=counts)
@@ -150,17 +164,18 @@ class Seq2Seq:
         return {"controller": Controller.create(self.deletion.alpha)} if self.learned else {}
 
     def normalizers(self, batch: Any) -> dict[str, Any]:
-        """The numbers of examples, of decoder bytes that count and of real encoder bytes."""
+        """The numbers of examples, of decoder bytes that count, of real encoder bytes, and of rows with any."""
         return {
             "examples": jnp.float32(batch["labels"].shape[0]),
             "targets": jnp.sum(batch["labels"] != 0, dtype=jnp.float32),
             "inputs": jnp.sum(batch["input_ids"] != 0, dtype=jnp.float32),
+            "rows": chunk_tools.rows(batch),
         }
 
     def loss(
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
-        """Cross-entropy in nats a byte plus the weighted gate regulariser and score excess, and metrics."""
+        """Cross-entropy in nats a byte plus the weighted losses of gate, score excess or chunker, and metrics."""
         mode = (self.deletion.train or None) if self.model.gate else None
         trained = {"hard_probability": self.deletion.hard_probability, "score_excess": self.deletion.score_weight > 0}
         logits, aux = self._apply(params, batch, mode, rng, deterministic=not train, **trained)
@@ -170,6 +185,11 @@ class Seq2Seq:
         if self.deletion.score_weight > 0:
             metrics["score_excess"] = aux["losses"]["score_excess"]
             loss += self.deletion.score_weight * metrics["score_excess"][0] / normalizers["examples"]
+        if self.model.chunker:
+            own = {name: pair for name, pair in aux["losses"].items() if name != "score_excess"}
+            loss += self.chunking.loss(own, normalizers["rows"])
+            real_rows = jnp.ones_like(batch["input_ids"][:, 0])
+            return loss, metrics | own | chunk_tools.figures(self.model, aux, real_rows)
         if mode is None:
             return loss, metrics
         tokens = aux["gate_tokens"]
@@ -214,10 +234,11 @@ class Seq2Seq:
         """
         del extra
         mesh = jax.sharding.get_abstract_mesh()
-        on_ladder = self.model.gate is not None and self.model.rungs is not None and self.deletion.evaluate == "hard"
+        deletes = self.model.gate is not None and self.deletion.evaluate == "hard"
+        on_ladder = self.model.rungs is not None and (deletes or self.model.chunker is not None)
         if not on_ladder or mesh.empty or mesh.size == 1:
             return self._evaluate(params, batch)
-        if "rng" in registry.describe(self.model.gate).signals:
+        if self.model.draws_chunks or (deletes and "rng" in registry.describe(self.model.gate).signals):
             # A draw must not depend on the number of devices, so it stays under automatic sharding; there the ladder, whose
             # results are the same with or without it, would wait for the slowest row of all devices.
             return dataclasses.replace(self, model=self.model.clone(rungs=None))._evaluate(params, batch)
@@ -247,6 +268,8 @@ class Seq2Seq:
             }
 
         metrics = measured(batch["weight"]) | self._gate_metrics(aux, batch)
+        if self.model.chunker:
+            metrics |= chunk_tools.figures(self.model, aux, batch["weight"])
         for group in self.groups:
             own = measured(batch["weight"] * (batch[group.key] == group.value))
             metrics |= {f"{name}/{group.name}": pair for name, pair in own.items()}
@@ -281,7 +304,7 @@ class Seq2Seq:
             batch["decoder_input_ids"],
             deletion=mode,
             deterministic=deterministic,
-            rngs={"dropout": dropout, "deletion": drawn},
+            rngs={"dropout": dropout, "deletion": drawn, "chunking": drawn},
         )
 
 

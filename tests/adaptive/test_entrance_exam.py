@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from adaptive import budgets, registry
+from adaptive.chunking import chunks as chunks_lib
 from adaptive.deletion import gate as deletion_gate
 from adaptive.tokens import Reduction, Signals, TokenSet
 
 BATCH, LENGTH, WIDTH = 3, 12, 6
 REDUCTIONS = registry.names("reduction")
 DELETIONS = registry.names("deletion")
+CHUNKINGS = registry.names("chunking")
 # identity ignores its budget by design.
 SHRINKING = tuple(name for name in REDUCTIONS if name != "identity")
 
@@ -34,6 +36,8 @@ def make_signals(name, seed=0, cls_token=True):
         column_sums=attention.sum(2).mean(1),
         token_ids=rng.integers(3, 259, (BATCH, LENGTH)),
         gate_logits=rng.normal(size=(BATCH, LENGTH)).astype(np.float32) * 3,
+        boundary_logits=rng.normal(size=(BATCH, LENGTH)).astype(np.float32),
+        entropies=rng.uniform(0, 3, (BATCH, LENGTH)).astype(np.float32),
         rng=jax.random.key(seed),
     )
     needs = registry.describe(name).signals
@@ -179,11 +183,12 @@ def test_a_threshold_keeps_within_its_cap(name):
         assert np.all(np.asarray(reduced.mass.sum(-1)) <= np.asarray(tokens.mass.sum(-1)) + 1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in REDUCTIONS if registry.describe(name).signals])
+@pytest.mark.parametrize("name", [name for name in (*REDUCTIONS, *CHUNKINGS) if registry.describe(name).signals])
 def test_a_missing_signal_is_named(name):
     signal = registry.describe(name).signals[0]
+    budget = (8,) if name in REDUCTIONS else ()
     with pytest.raises(ValueError, match=rf"{name} needs the signal '{signal}'"):
-        registry.get(name)(make_tokens(), Signals(), 8)
+        registry.get(name)(make_tokens(), Signals(), *budget)
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -193,14 +198,14 @@ def test_a_budget_that_does_not_fit_is_an_error(name, budget):
         registry.get(name)(make_tokens(), make_signals(name), budget)
 
 
-@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS))
+@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS))
 def test_an_unknown_hyper_parameter_is_an_error(name):
     budget = (8,) if name in REDUCTIONS else ()
     with pytest.raises(TypeError, match="has no hyper-parameter"):
         registry.get(name)(make_tokens(), make_signals(name), *budget, no_such_thing=1)
 
 
-@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS))
+@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS))
 def test_the_record_is_complete(name):
     record = registry.describe(name)
     assert record.kind in registry.KINDS
@@ -231,3 +236,94 @@ def test_hard_deletion_keeps_order_positions_and_at_least_one_token(name):
         np.testing.assert_array_equal(reduced.features[row, : len(left)], np.asarray(tokens.features)[row, left])
         np.testing.assert_array_equal(reduced.coords[row, : len(left), 0], left)
         assert np.all(np.asarray(reduced.mass)[row, len(left) :] == 0)
+
+
+@functools.cache
+def chunker(name):
+    return jax.jit(registry.get(name))
+
+
+@pytest.mark.parametrize("name", CHUNKINGS)
+def test_chunks_start_at_the_first_real_token_and_never_in_padding(name):
+    tokens = make_tokens(lengths=(12, 9, 1))
+    chunks = chunker(name)(tokens, make_signals(name, cls_token=False))
+    starts, valid, probability = (np.asarray(x) for x in (chunks.starts, tokens.valid, chunks.probability))
+    assert starts.dtype == bool and probability.dtype == np.float32
+    chex.assert_shape((chunks.starts, chunks.probability, chunks.valid), (BATCH, LENGTH))
+    assert starts[:, 0].all() and not starts[~valid].any()
+    assert 1 < starts[0].sum() < LENGTH
+    np.testing.assert_array_equal(probability[:, 0], 1)
+    assert np.all(probability[~valid] == 0) and np.all((probability >= 0) & (probability <= 1))
+
+
+@pytest.mark.parametrize("pool", chunks_lib.POOLS)
+@pytest.mark.parametrize("name", CHUNKINGS)
+def test_pooled_chunks_conserve_mass_and_stand_where_they_start(name, pool):
+    tokens = make_tokens(lengths=(12, 9, 1))
+    chunks = chunker(name)(tokens, make_signals(name, cls_token=False))
+    reduction, reduced = jax.jit(
+        lambda chunks, tokens: (out := chunks_lib.to_reduction(chunks, LENGTH, pool=pool), out.apply(tokens))
+    )(chunks, tokens)
+    np.testing.assert_allclose(reduced.mass.sum(-1), tokens.mass.sum(-1))
+    np.testing.assert_array_equal(chunks_lib.lengths(chunks).sum(-1), tokens.count)
+    np.testing.assert_array_equal(reduced.count, chunks.count)
+    np.testing.assert_array_equal(reduced.origin, reduction.assign)
+    sums = np.asarray(reduction.matrix()).sum(-1)
+    np.testing.assert_allclose(sums, np.asarray(reduced.valid), atol=1e-6)
+    for row in range(BATCH):
+        places = np.asarray(reduced.coords)[row, : int(chunks.count[row]), 0]
+        np.testing.assert_array_equal(places, np.flatnonzero(chunks.starts[row]))
+
+
+@pytest.mark.parametrize("name", CHUNKINGS)
+def test_chunks_depend_on_no_other_row_and_not_on_padding(name):
+    tokens, signals = make_tokens(lengths=(12, 9, 7)), make_signals(name, cls_token=False)
+    whole = chunker(name)(tokens, signals)
+    for row in range(BATCH):
+        alone = chunker(name)(*jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (tokens, signals)))
+        np.testing.assert_array_equal(alone.starts[0], whole.starts[row])
+        np.testing.assert_allclose(alone.probability[0], whole.probability[row], atol=1e-6)
+
+    def widen(leaf):
+        # Junk in padding, and four more places of it.
+        real = tokens.valid.reshape(BATCH, LENGTH, *(1,) * (leaf.ndim - 2))
+        return jnp.pad(jnp.where(real, leaf, 7), ((0, 0), (0, 4), *((0, 0),) * (leaf.ndim - 2)), constant_values=7)
+
+    wide = TokenSet.create(widen(tokens.features), mask=jnp.pad(tokens.valid, ((0, 0), (0, 4))))
+    got = chunker(name)(wide, jax.tree.map(widen, signals))
+    np.testing.assert_array_equal(got.starts, jnp.pad(whole.starts, ((0, 0), (0, 4))))
+    np.testing.assert_allclose(got.probability[:, :LENGTH], whole.probability, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CHUNKINGS)
+def test_gradients_of_chunks_are_finite_and_reach_what_is_learned(name):
+    tokens, signals = make_tokens(lengths=(12, 9, 1)), make_signals(name, cls_token=False)
+    fields = [field for field in registry.describe(name).signals if field != "token_ids"]
+
+    def loss(features, learned):
+        moved = tokens.replace(features=features)
+        chunks = registry.get(name)(moved, signals.replace(**learned))
+        pooled = chunks_lib.to_reduction(chunks, 8).apply(moved).features
+        return jnp.sum(pooled**2) + jnp.sum(chunks.boundaries * jnp.arange(LENGTH))
+
+    features, learned = jax.jit(jax.grad(loss, argnums=(0, 1)))(
+        tokens.features, {field: getattr(signals, field) for field in fields}
+    )
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((features, learned)))
+    assert np.any(features)
+    # A threshold on entropies lets nothing through.
+    assert all(np.any(learned[field]) for field in fields if field != "entropies")
+
+
+@pytest.mark.parametrize("name", CHUNKINGS)
+def test_new_values_do_not_recompile_chunks(name):
+    traces = []
+
+    @jax.jit
+    def step(tokens, signals):
+        traces.append(name)
+        return chunks_lib.to_reduction(registry.get(name)(tokens, signals), 8).apply(tokens).features
+
+    first, second = (step(make_tokens(seed=seed), make_signals(name, seed=seed)) for seed in (1, 2))
+    assert not np.array_equal(first, second)
+    assert len(traces) == 1

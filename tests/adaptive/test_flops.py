@@ -226,3 +226,28 @@ def test_a_cached_decode_step_agrees_with_the_compiler():
     )
     step = flops.count(spec, batch=2, encoded=96, slots=64, steps=1).flops - begun.flops
     assert step == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("chunker", "layer"),
+    [("words", 1), ("boundary_predictor", 1), ("strided", 1), ("hnet", 1), ("entropy_patches", 1), ("gbst", 0)],
+)
+def test_a_t5_on_chunks_agrees_with_the_compiler(chunker, layer):
+    model = t5.T5(
+        **(t5.SHAPES["byt5-small"] | {"encoder_layers": 2, "decoder_layers": 1}),
+        chunker=chunker,
+        chunk_layer=layer,
+        capacity=32,
+    )
+    ids, targets = (jax.ShapeDtypeStruct((2, length), jnp.int32) for length in (128, 48))
+    key = jax.random.key(0)
+    params = parameter_shapes(model, ids, None, targets)
+    counted = compiled_flops(
+        lambda params, ids, targets: model.apply(params, ids, None, targets, rngs={"chunking": key})[0],
+        params,
+        ids,
+        targets,
+    )
+    count = flops.count(model, batch=2, targets=48, **model.chunk_sizes(128, 32))
+    assert count.flops == pytest.approx(counted, rel=0.02)
+    assert count.blocks["chunker"] > 0

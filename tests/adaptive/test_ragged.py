@@ -372,3 +372,19 @@ def test_a_count_that_is_known_and_outside_the_rows_is_refused(count):
 
 def test_a_prefix_of_no_rows_is_empty():
     assert ragged.ragged_prefix(unit, prefix_inputs()[0], jnp.zeros((0, INNER)), 0).shape == (0, OUT)
+
+
+def test_a_ladder_takes_another_reduction_and_what_it_reads():
+    keep = jnp.array([[True, False, True, False, False, True], [True, False, False, False, False, False]])
+
+    def backwards(source, rung):
+        return ragged.compact(source[:, ::-1], rung, overflow="checked")
+
+    def run(keep, source):
+        return ragged.on_ladder(
+            lambda reduction, offset: jnp.sum(reduction.slots + 1, axis=1) + offset,
+            keep, (2, 3, 6), jnp.int32(10), reduce=backwards, source=source,
+        )  # fmt: skip
+
+    # Slots 0, 3 and 5 of the reversed row, counted from 1, and 10.
+    np.testing.assert_array_equal(jax.jit(run)(keep, keep), [21, 16])

@@ -283,3 +283,31 @@ def test_composition_keeps_track_of_heads():
 def test_composition_refuses_a_second_step_over_another_number_of_tokens(first, second):
     with pytest.raises(ValueError, match="second reduces 6 tokens, but this reduction leaves 5"):
         DRAWS[first](0, LENGTH, 5).then(DRAWS[second](0, 6, 3))
+
+
+def test_slots_that_stand_at_their_head_keep_its_coordinates_and_add_up_mass():
+    slots, assign = jnp.array([[0, 3, -1]]), jnp.array([[0, 0, 0, 1, 1, -1]])
+    mean = Reduction(slots, assign, jnp.array([[1, 1, 1, 1.5, 1.5, 0]]) / 3, stands_at_head=True)
+    first = Reduction(slots, assign, jnp.array([[1.0, 0, 0, 1, 0, 0]]), merges=False, stands_at_head=True)
+    features = jnp.arange(12.0).reshape(1, 6, 2)
+    tokens = TokenSet.create(features, mass=jnp.array([[1.0, 2, 3, 4, 5, 6]]))
+    for reduction, want in ((mean, [[2, 3], [7, 8], [0, 0]]), (first, [[0, 1], [6, 7], [0, 0]])):
+        reduced = jax.jit(lambda reduction: reduction.apply(tokens))(reduction)
+        np.testing.assert_allclose(reduced.features[0], want, atol=1e-6)
+        np.testing.assert_array_equal(reduced.mass[0], [6, 9, 0])
+        np.testing.assert_array_equal(reduced.coords[0, :, 0], [0, 3, 0])
+        np.testing.assert_allclose(reduction.matrix() @ features, reduced.features, atol=1e-6)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_composition_stands_at_heads_only_where_both_parts_do(merges):
+    chunks = Reduction(
+        jnp.array([[0, 2, 3]]), jnp.array([[0, 0, 1, 2]]), jnp.array([[0.5, 0.5, 1, 1]]), stands_at_head=True
+    )
+    second = Reduction(jnp.array([[0, 2]]), jnp.array([[0, 0 if merges else -1, 1]]), jnp.ones((1, 3)), merges=merges)
+    both, tokens = chunks.then(second), TokenSet.create(jnp.ones((1, 4, 1)))
+    assert both.stands_at_head != merges
+    got, want = both.apply(tokens), second.apply(chunks.apply(tokens))
+    np.testing.assert_array_equal(got.mass, want.mass)
+    if not merges:
+        np.testing.assert_array_equal(got.coords, want.coords)

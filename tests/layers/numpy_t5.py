@@ -63,19 +63,31 @@ def relative_bias(params, length, bidirectional, sizes):
     return np.moveaxis(table[np.array(buckets)], -1, 0)
 
 
-def encode(params, ids, mask, sizes, *, gate=None, keep=None, gate_layer=2, scores=None):
+def encode(params, ids, mask, sizes, *, gate=None, keep=None, chunks=None, local=False, gate_layer=2, scores=None):
     """Encoder of one row: `(normed features [M, D], key bias [M])`.
 
-    `gate(x)` gives the values `[N]` that fade keys from layer `gate_layer` on; `keep(x)` the indices that stay from there on.
-    `scores` gets the logits between real tokens of the layers from `gate_layer` on.
+    `gate(x)` gives the values `[N]` that fade keys from layer `gate_layer` on; `keep(x)` the indices that stay from there on;
+    `chunks` lists the indices whose mean is one token from there on, at the place of the first. With `local` the layers before
+    see their own chunk alone. `scores` gets the logits between real tokens of the layers from `gate_layer` on.
     """
     x = np.asarray(params["embedding"]["embedding"], np.float64)[ids]
     bias = relative_bias(params["encoder_bias"], len(ids), True, sizes)
     key_bias = np.where(mask, 0.0, -np.inf)
+    whole = bias
+    if local:
+        number = np.array([next((c for c, own in enumerate(chunks) if i in own), -1) for i in range(len(ids))])
+        bias = np.where(number[:, None] == number, bias, -np.inf)
     for layer in range(sizes["encoder_layers"] + 1):
         if layer == gate_layer and keep is not None:
             stay = np.asarray(keep(x))
             x, key_bias, bias = x[stay], key_bias[stay], bias[:, stay][:, :, stay]
+        elif layer == gate_layer and chunks is not None:
+            heads = [own[0] for own in chunks]
+            x, key_bias, bias = (
+                np.stack([x[own].mean(0) for own in chunks]),
+                0.0 * x[heads, 0],
+                whole[:, heads][:, :, heads],
+            )
         elif layer == gate_layer and gate is not None:
             key_bias = key_bias + gate(x)
         if layer == sizes["encoder_layers"]:

@@ -36,7 +36,8 @@ class Deletion:
       entropy_each, entropy_mean: weights of the entropy terms, `entropy_each * each - entropy_mean * mean`; see
         `objective.entropies`.
       alpha: first weight of the gate regulariser; the fixed weight when `controller` is False.
-      kp, ki: gains of the controller; windup_limit: the most its integral may be, 0 for no limit, as published.
+      kp, ki: gains of the controller; windup_limit: the most its integral may be, 0 for no limit, as published; floor: the
+        least alpha, 0 as published, or negative so that a gate that deletes too much is rewarded for keeping.
       per: "step" updates the controller once an optimiser step, "microbatch" as often as a step has microbatches, as the
         public code does.
       delay: optimiser steps before the regulariser starts.
@@ -56,6 +57,7 @@ class Deletion:
     kp: float = 0.5
     ki: float = 1e-5
     windup_limit: float = 0.0
+    floor: float = 0.0
     per: str = "step"
     delay: int = 0
     score_weight: float = 0.0
@@ -78,6 +80,8 @@ class Deletion:
         for name in weights:
             if getattr(self, name) < 0:
                 raise ValueError(f"config.model.deletion.{name} is {getattr(self, name)}; it must be 0 or above")
+        if self.floor > 0:
+            raise ValueError(f"config.model.deletion.floor is {self.floor}; the least alpha is 0 or below")
         if not 0.0 <= self.hard_probability <= 1.0:
             raise ValueError(
                 f"config.model.deletion.hard_probability is {self.hard_probability}; a probability lies in [0, 1]"
@@ -208,7 +212,7 @@ class Seq2Seq:
         deleted, count = metrics["deleted"]
         settings = dict(target=self.deletion.target, kp=self.deletion.kp, ki=self.deletion.ki)
         settings["repeats"] = self.microbatches if self.deletion.per == "microbatch" else 1
-        settings["windup_limit"] = self.deletion.windup_limit or None
+        settings |= {"windup_limit": self.deletion.windup_limit or None, "floor": self.deletion.floor}
         moved = extra["controller"].update(deleted / count, **settings)
         active = step >= self.deletion.delay
         return {"controller": jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, extra["controller"])}

@@ -188,6 +188,8 @@ def test_a_fixed_alpha_stays_and_a_limit_reaches_the_controller():
     assert float(update(fixed, alpha=0.02).alpha) == pytest.approx(0.02)
     assert float(update(make_task(ki=1.0, windup_limit=0.01)).integral) == pytest.approx(0.01)
     assert float(update(make_task(ki=1.0)).integral) == pytest.approx(0.4)
+    assert float(update(make_task(), deleted=0.9).alpha) == 0
+    assert float(update(make_task(floor=-0.01), deleted=0.9).alpha) == pytest.approx(-0.01)
 
 
 # --- Hard deletion in training ------------------------------------------------------------------------------------
@@ -311,6 +313,7 @@ def test_ablations_train_and_evaluate(overrides, tmp_path):
         ("deletion.per", "epoch", r"deletion.per is 'epoch'; one of 'step', 'microbatch'"),
         ("deletion.train", "medium", r"deletion.train is 'medium'; one of 'soft', 'hard', ''"),
         ("deletion.alpha", -0.1, r"deletion.alpha is -0.1; it must be 0 or above"),
+        ("deletion.floor", 0.1, r"deletion.floor is 0.1; the least alpha is 0 or below"),
         ("deletion.score_weight", -1.0, r"deletion.score_weight is -1.0; it must be 0 or above"),
         ("deletion.hard_probability", 2.0, r"hard_probability is 2.0; a probability lies in \[0, 1\]"),
         ("deletion.regulariser", "gate_mean", r"model.deletion.regulariser does not exist; did you mean regularizer"),

@@ -16,6 +16,10 @@ from ml_collections import ConfigDict
 
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.seq2seq import deletion_section
+
+# What a learned gate takes; the other methods take a rate.
+LEARNED = {"scale": -30.0, "gumbel": False}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -34,11 +38,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             softmax="off_by_one",
             gate=given.gate,
             gate_layer=2,
-            gate_hyper={} if given.gate in ("", "mrt5", "no_deletion") else {"rate": given.rate},
+            gate_hyper={"": {}, "no_deletion": {}, "mrt5": LEARNED}.get(given.gate, {"rate": given.rate}),
             rungs=(32, 48, 64, 80, 96, 112, 128),
             # One compiled layer a stack: a ladder compiles the layers above the gate once for each rung.
             scan_layers=True,
-            deletion=dict(target=given.rate, kp=0.5, ki=1e-4, train="soft", evaluate="hard"),
+            deletion=deletion_section(target=given.rate, kp=0.5, ki=1e-4),
         )
     )
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")

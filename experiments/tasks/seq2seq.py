@@ -92,6 +92,16 @@ class Deletion:
             )
 
 
+def deletion_section(**values: Any) -> dict[str, Any]:
+    """The `deletion` section of a T5's model config, with `values` in place of the defaults.
+
+    Raises:
+      ValueError: an unknown key, or a value that cannot be.
+    """
+    check_keys("model.deletion", values, (field.name for field in dataclasses.fields(Deletion)))
+    return dataclasses.asdict(Deletion(**values))
+
+
 @dataclasses.dataclass(frozen=True)
 class Seq2Seq:
     """Cross-entropy of the decoder's bytes, plus the gate regulariser.
@@ -118,7 +128,7 @@ class Seq2Seq:
         if settings.source != "text":
             raise ValueError(f"the task seq2seq needs text; config.data.source is {settings.source!r}")
         section = dict(config.model.get("deletion", {}))
-        check_keys("model.deletion", section, (field.name for field in dataclasses.fields(Deletion)))
+        deletion = Deletion(**deletion_section(**section))
         if settings.objective == "span_corruption":
             inputs = settings.inputs_length
             targets = span_corruption.lengths(inputs, settings.noise_density, settings.mean_span)[1]
@@ -126,7 +136,7 @@ class Seq2Seq:
             # Without a context the encoder sees a single end-of-sequence byte.
             inputs, targets = max(settings.context, 1), settings.targets_length
         model = build_t5(config.model, dtype=config.dtype)
-        return cls(model, Deletion(**section), inputs, targets, microbatches=config.accumulate)
+        return cls(model, deletion, inputs, targets, microbatches=config.accumulate)
 
     @property
     def tokens_per_example(self) -> int:

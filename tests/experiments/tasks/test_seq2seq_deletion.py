@@ -257,7 +257,8 @@ def test_only_a_learned_gate_has_an_entropy_and_only_a_gate_in_use_has_classes()
         {
             "model.softmax": "standard",
             "model.gate_layer": 2,  # the last one
-            "model.gate_hyper": {"gumbel": True, "scale": -10.0},
+            "model.gate_hyper.gumbel": True,
+            "model.gate_hyper.scale": -10.0,
             "model.deletion.hard_probability": 0.5,
             "model.deletion.regularizer": "clamped_logits_mean",
             "model.deletion.entropy_each": 0.01,
@@ -282,13 +283,7 @@ def test_only_a_learned_gate_has_an_entropy_and_only_a_gate_in_use_has_classes()
     ids=["standard softmax, last layer, noise, scale -10, hard batches", "score loss, microbatches", "fixed alpha"],
 )
 def test_ablations_train_and_evaluate(overrides, tmp_path):
-    config = make_config()
-    for key, value in overrides.items():
-        if key == "model.gate_hyper":
-            config.model.gate_hyper = value
-        else:
-            section, _, name = key.rpartition(".")
-            (functools.reduce(getattr, section.split("."), config) if section else config)[name] = value
+    config = apply_overrides(make_config(), overrides)
     result = train.train(config, tmp_path / "run", progress=False)
     assert result.step == 2
     own = {name: value for name, value in result.metrics.items() if name.startswith(("train/", "eval/"))}

@@ -77,7 +77,8 @@ class T5(Decoding):
       hooks: after encoder layers.
       hard_probability: of a training batch in which soft deletion removes keys as hard deletion would.
       score_excess: puts the pair "score_excess" into the losses: the mean of `max(S, 5) - 5` over the logits S, before gate
-        values, of the encoder's self-attention above the gate and of all cross-attention; summed over rows, and their number.
+        values, of the encoder's self-attention above the gate and of all cross-attention, whose decoder positions all count;
+        summed over rows, and their number.
       dropout, tie_embeddings, num_buckets, max_distance, epsilon (of the norms): as in T5.
       remat: recompute each layer in the backward pass; scan_layers: one compiled layer for the whole stack.
       dtype: of the computation; parameters stay float32.

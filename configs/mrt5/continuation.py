@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
 from experiments.tasks.chunking import chunk_hyper
+from experiments.tasks.deletion import deletion_section, gate_hyper
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -37,13 +38,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
             softmax="off_by_one",
             gate=given.gate,
             gate_layer=2,
-            gate_hyper={} if given.gate in ("", "mrt5", "no_deletion") else {"rate": given.rate},
+            gate_hyper=gate_hyper(given.gate, given.rate),
             chunker=given.chunker,
             # The mixture of blocks works on embeddings.
             chunk_layer=0 if given.chunker == "gbst" else 2,
             chunk_hyper=chunk_hyper(given.chunker, given.rate),
             rungs=(12, 24, 36, 48),
-            deletion=dict(target=given.rate, kp=0.05, ki=1e-4, train="soft", evaluate="hard"),
+            deletion=deletion_section(target=given.rate, kp=0.05, ki=1e-4),
         )
     )
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")

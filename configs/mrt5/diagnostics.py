@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.deletion import deletion_section, gate_hyper
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -36,9 +37,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             softmax="off_by_one",
             gate=given.gate,
             gate_layer=2,
-            gate_hyper={} if given.gate in ("", "mrt5", "no_deletion") else {"rate": given.rate},
+            gate_hyper=gate_hyper(given.gate, given.rate),
             rungs=(16, 20, 24, 28, 32),
-            deletion=dict(target=given.rate, kp=0.05, ki=1e-4, train="soft", evaluate="hard"),
+            deletion=deletion_section(target=given.rate, kp=0.05, ki=1e-4),
         )
     )
     config.data = resolve(dict(source="diagnostic", diagnostic=given.task, length=32, valid_examples=2_000))

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.deletion import deletion_section, gate_hyper
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -36,11 +37,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             softmax="off_by_one",
             gate=given.gate,
             gate_layer=2,
-            gate_hyper={} if given.gate in ("", "mrt5", "no_deletion") else {"rate": given.rate},
+            gate_hyper=gate_hyper(given.gate, given.rate),
             rungs=(32, 48, 64, 80, 96, 112, 128),
             # One compiled layer a stack: a ladder compiles the layers above the gate once for each rung.
             scan_layers=True,
-            deletion=dict(target=given.rate, kp=0.5, ki=1e-4, train="soft", evaluate="hard"),
+            deletion=deletion_section(target=given.rate, kp=0.5, ki=1e-4),
         )
     )
     lengths = dict(inputs_length=128) if given.objective == "span_corruption" else dict(context=128, targets_length=16)

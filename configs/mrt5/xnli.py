@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.deletion import deletion_section, gate_hyper
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -35,10 +36,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             softmax="off_by_one",
             gate=given.gate,
             gate_layer=3,
-            gate_hyper={} if given.gate in ("", "mrt5", "no_deletion") else {"rate": given.rate},
+            gate_hyper=gate_hyper(given.gate, given.rate),
             rungs=(128, 192, 256, 384, 512, 640, 768, 1024),
             scan_layers=True,
-            deletion=dict(target=given.rate, kp=0.5, ki=1e-5, train="soft", evaluate="hard"),
+            deletion=deletion_section(target=given.rate, kp=0.5, ki=1e-5),
         )
     )
     config.data = resolve(dict(source="pairs", pairs="xnli", data_dir=given.data_dir))

@@ -20,72 +20,11 @@ from adaptive.deletion import objective
 from adaptive.deletion.controller import Controller
 from experiments import byte_classes, data, parallel
 from experiments.tasks import chunking as chunk_tools
+from experiments.tasks.deletion import Deletion, deletion_section
 from experiments.tasks.models import build_t5, check_keys
 from layers.t5 import T5
 
 _LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True)
-class Deletion:
-    """How a gate is trained and evaluated.
-
-    Attributes:
-      target: share of bytes that a learned gate is steered to delete.
-      regularizer: a name of `adaptive.deletion.objective.REGULARIZERS`.
-      entropy_each, entropy_mean: weights of the entropy terms, `entropy_each * each - entropy_mean * mean`; see
-        `objective.entropies`.
-      alpha: first weight of the gate regulariser; the fixed weight when `controller` is False.
-      kp, ki: gains of the controller; windup_limit: the most its integral may be, 0 for no limit, as published.
-      per: "step" updates the controller once an optimiser step, "microbatch" as often as a step has microbatches, as the
-        public code does.
-      delay: optimiser steps before the regulariser starts.
-      score_weight: of the mean excess of attention logits over 5, which keeps them small when training from scratch (the paper
-        uses 0.5 there).
-      hard_probability: of a soft training batch in which the keys are removed as in hard deletion.
-      train, evaluate: "soft" or "hard", or "" for none.
-      by_class: evaluation reports the share deleted of each class of bytes, see `experiments.byte_classes`.
-    """
-
-    target: float = 0.5
-    controller: bool = True
-    regularizer: str = "gate_mean"
-    entropy_each: float = 0.0
-    entropy_mean: float = 0.0
-    alpha: float = 0.0
-    kp: float = 0.5
-    ki: float = 1e-5
-    windup_limit: float = 0.0
-    per: str = "step"
-    delay: int = 0
-    score_weight: float = 0.0
-    hard_probability: float = 0.0
-    train: str = "soft"
-    evaluate: str = "hard"
-    by_class: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.target < 1.0:
-            raise ValueError(f"config.model.deletion.target is {self.target}; a share must lie in (0, 1)")
-        choices = {"train": ("soft", "hard", ""), "evaluate": ("soft", "hard", ""), "per": ("step", "microbatch")}
-        choices["regularizer"] = tuple(objective.REGULARIZERS)
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"config.model.deletion.{name} is {getattr(self, name)!r}; one of {', '.join(map(repr, allowed))}"
-                )
-        weights = ("entropy_each", "entropy_mean", "alpha", "kp", "ki", "windup_limit", "delay", "score_weight")
-        for name in weights:
-            if getattr(self, name) < 0:
-                raise ValueError(f"config.model.deletion.{name} is {getattr(self, name)}; it must be 0 or above")
-        if not 0.0 <= self.hard_probability <= 1.0:
-            raise ValueError(
-                f"config.model.deletion.hard_probability is {self.hard_probability}; a probability lies in [0, 1]"
-            )
-        if self.hard_probability and self.train != "soft":
-            raise ValueError(
-                f"config.model.deletion.hard_probability makes some soft batches hard; set train='soft' (got {self.train!r})"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +55,11 @@ class Seq2Seq:
         settings = data.resolve(config.data)
         inputs, targets = data.lengths(settings)
         section = dict(config.model.get("deletion", {}))
-        check_keys("model.deletion", section, (field.name for field in dataclasses.fields(Deletion)))
         weights = dict(config.model.get("chunking", {}))
         check_keys("model.chunking", weights, (field.name for field in dataclasses.fields(chunk_tools.Chunking)))
         return cls(
             build_t5(config.model, dtype=config.dtype),
-            Deletion(**section),
+            Deletion(**deletion_section(**section)),
             inputs,
             targets,
             data.groups(settings),
@@ -222,7 +160,7 @@ class Seq2Seq:
         deleted, count = metrics["deleted"]
         settings = dict(target=self.deletion.target, kp=self.deletion.kp, ki=self.deletion.ki)
         settings["repeats"] = self.microbatches if self.deletion.per == "microbatch" else 1
-        settings["windup_limit"] = self.deletion.windup_limit or None
+        settings |= {"windup_limit": self.deletion.windup_limit or None, "floor": self.deletion.floor}
         moved = extra["controller"].update(deleted / count, **settings)
         active = step >= self.deletion.delay
         return {"controller": jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, extra["controller"])}

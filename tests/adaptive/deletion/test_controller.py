@@ -137,6 +137,19 @@ def test_a_sluggish_plant_comes_within_two_points_of_every_target_and_stays(targ
     assert np.all(np.abs(np.asarray(rates[300:]) - target) < 0.02)
 
 
+@pytest.mark.parametrize(("floor", "settles"), [(0.0, False), (-0.1, True)])
+def test_a_gate_that_nothing_pulls_back_needs_a_floor_under_zero(floor, settles):
+    # Deletion only ever moves with the sign and size of alpha: what is overshot stays, unless alpha may be negative.
+    def step(carry, _):
+        state, deleted = carry
+        deleted = jnp.clip(deleted + 0.5 * state.alpha, 0.0, 1.0)
+        return (state.update(deleted, target=0.4, kp=0.5, ki=0.0, floor=floor), deleted), (deleted, state.alpha)
+
+    _, (rates, alphas) = jax.lax.scan(step, (Controller.create(), jnp.float32(0)), None, length=300)
+    assert np.all(np.asarray(alphas) >= floor) and (np.min(alphas) < 0) == settles
+    assert bool(np.all(np.abs(np.asarray(rates[200:]) - 0.4) < 0.02)) == settles
+
+
 def test_a_plant_that_deletes_by_itself_gets_no_reward_for_deletion():
     _, alphas = jax.lax.scan(
         lambda state, _: (moved := update(state, 0.6), moved.alpha), Controller.create(), length=50
@@ -180,6 +193,7 @@ def test_a_target_that_is_no_share_is_refused(target):
         ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\); got .* and 1.0"),
         ({"repeats": 0}, r"repeats must be at least 1 .*got 0"),
         ({"windup_limit": 0.0}, r"windup_limit positive or None; got 1 and 0.0"),
+        ({"floor": 0.1}, r"the floor of alpha must not be positive.*got 0.1"),
     ],
 )
 def test_gains_that_cannot_be_are_refused(wrong, message):

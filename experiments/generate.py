@@ -7,13 +7,14 @@
     cat notes.txt | python -m experiments.generate --workdir=runs/mrt5 --file=- --deletion=none --json
 
 Texts are bytes: whatever a file holds is read, and what a model emits is shown with escapes where it is no UTF-8. A model of
-span corruption gets its input ended as in training, and emits the missing spans, each behind its sentinel (one of the top bytes).
+span corruption gets its input ended as in training, and emits the missing spans, each behind its sentinel (a top byte).
 `--json` prints one object a text, with the exact bytes in hexadecimal.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from typing import Any
@@ -104,7 +105,9 @@ def _mode(task: tasks.Seq2Seq, deletion: str | None) -> str | None:
         raise ValueError(f"deletion={deletion!r}; one of {', '.join(DELETIONS)}")
     if task.model.gate is None:
         if deletion in ("hard", "soft"):
-            raise ValueError(f"--deletion={deletion} needs a model with a gate; this run has none (model.gate is empty)")
+            raise ValueError(
+                f"--deletion={deletion} needs a model with a gate; this run has none (model.gate is empty)"
+            )
         return None
     chosen = task.deletion.evaluate if deletion is None else deletion
     return chosen if chosen in ("hard", "soft") else None
@@ -132,7 +135,7 @@ def marked(text: bytes, kept: list[bool], *, colour: bool) -> str:
     """The text with runs of deleted bytes struck out in red, or in brackets; bytes that are no UTF-8 are escaped."""
     opening, closing = (_STRUCK, _PLAIN) if colour else ("[", "]")
     edges = [0, *(i for i in range(1, len(text)) if kept[i] != kept[i - 1]), len(text)]
-    runs = [(_shown(text[low:high]), kept[low]) for low, high in zip(edges, edges[1:], strict=False) if low < high]
+    runs = [(_shown(text[low:high]), kept[low]) for low, high in itertools.pairwise(edges) if low < high]
     return "".join(shown if stays else f"{opening}{shown}{closing}" for shown, stays in runs)
 
 
@@ -146,7 +149,11 @@ def report(record: dict[str, Any], *, show_deleted: bool, colour: bool) -> str:
     if show_deleted:
         kept = record["kept"]
         lines.append(f"input ({record['deletion']} deletion): {marked(record['input'], kept, colour=colour)}")
-        stay = "stay" if record["deletion"] == "hard" else "would stay under hard deletion (soft deletion fades the others)"
+        stay = (
+            "stay"
+            if record["deletion"] == "hard"
+            else "would stay under hard deletion (soft deletion fades the others)"
+        )
         lines.append(f"{sum(kept)} of {len(kept)} bytes {stay}; tokens after each encoder layer: {record['tokens']}")
     return "\n".join(lines)
 
@@ -169,9 +176,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--file", action="append", default=[], help="a file to continue, - for standard input")
     parser.add_argument("--step", default="", help="a step, or best; the newest when not given")
     parser.add_argument("--max-length", type=int, default=None, help="bytes to generate (default: as in training)")
-    parser.add_argument("--min-length", type=int, default=0, help="bytes before the model may end (default %(default)s)")
+    parser.add_argument(
+        "--min-length", type=int, default=0, help="bytes before the model may end (default %(default)s)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among so many bytes; 0 is all (default %(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="sample among so many bytes; 0 is all (default %(default)s)"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from this nucleus (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default %(default)s)")
     parser.add_argument("--deletion", choices=DELETIONS, default=None, help="default: as the run evaluates")

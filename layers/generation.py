@@ -255,7 +255,9 @@ def _check_sampling(
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
     if temperature > 0 and key is None:
-        raise ValueError(f"sampling at temperature {temperature} needs key=jax.random.key(seed); greedy is temperature=0")
+        raise ValueError(
+            f"sampling at temperature {temperature} needs key=jax.random.key(seed); greedy is temperature=0"
+        )
 
 
 def _row_keys(key: Array, rows: int) -> Array:

@@ -79,9 +79,7 @@ class EncoderLayer(nn.Module):
             RMSNorm(dtype=self.dtype, name="attention_norm")(x), bias=bias, key_bias=key_bias, signals=signals
         )
         x = x + drop(attended)
-        return x + drop(
-            _mlp(self)(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)
-        ), found
+        return x + drop(_mlp(self)(RMSNorm(dtype=self.dtype, name="mlp_norm")(x), deterministic=deterministic)), found
 
 
 class DecoderLayer(nn.Module):
@@ -194,9 +192,11 @@ class ScannedDecoderLayer(nn.Module):
         return self.single(x, encoded, bias, key_bias, deterministic), None
 
     def remember(self, encoded: Array) -> tuple[Array, Memory]:
+        """What every layer remembers of the same `encoded`, which goes on as it came."""
         return encoded, self.single.remember(encoded)
 
     def step(
         self, x: Array, own: Memory, cross: Memory, bias: Array, key_bias: Array, position: Array
     ) -> tuple[Array, Memory]:
+        """The token after the layer, and the layer's own memory."""
         return self.single.step(x, own, cross, bias, key_bias, position)

@@ -2,9 +2,9 @@
 """Generation by a byte-level T5: cached decoding, dense and from an encoder that deletes bytes, and against no cache.
 
 The part "decode" times the loop from an encoder's output that is there already, "generate" encoding and loop as one program;
-both are compared with the dense model. The part "cached" compares the dense loop with one that scores all tokens again at each
-step. Weights are random, as time does not depend on them, and no row ends before the last token. `implied` counts the bytes that
-are left on average, `realised` pays for the rung that the longest row needs.
+both are compared with the dense model. The part "cached" compares the dense loop with one that scores all tokens again at
+each step. Weights are random, as time does not depend on them, and no row ends before the last token. `implied` counts the
+bytes that are left on average, `realised` pays for the rung that the longest row needs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, ids: Any) -> I
     generate, decode, kept = {}, {}, {}
     for share in shares:
         own = variables if share == DENSE else set_deleted_share(model, variables, ids, share)
-        how = dict(deletion=None, rungs=(options.length,)) if share == DENSE else dict(deletion="hard", rungs=model.rungs)
+        how = (
+            dict(deletion=None, rungs=(options.length,)) if share == DENSE else dict(deletion="hard", rungs=model.rungs)
+        )
         encoded = encode(own, how["deletion"]).replace(aux=None)
         kept[share] = encoded.counts
         generate[share] = functools.partial(generation.generate_t5, model, own, ids, **how, **settings)
@@ -113,9 +115,7 @@ class _Common:
 
     def decoding(self, kept: float) -> float:
         """MACs of the whole loop with a cache, from `kept` encoder tokens."""
-        return flops.count(
-            self.spec.decoding(), batch=self.batch, encoded=kept, slots=self.options.max_length
-        ).macs
+        return flops.count(self.spec.decoding(), batch=self.batch, encoded=kept, slots=self.options.max_length).macs
 
     def scoring(self, kept: float) -> float:
         """MACs of scoring all tokens once, which the loop without a cache does at each step."""

@@ -69,9 +69,7 @@ def test_what_a_filter_removed_stays_removed_and_the_rest_is_weighed_anew():
     # Probabilities 0.4, 0.3, 0.2, 0.1; without the last two 4/7 and 3/7.
     logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
     np.testing.assert_array_equal(np.isfinite(keep_top_p(logits, 0.5)), [[True, True, False, False]])
-    np.testing.assert_array_equal(
-        np.isfinite(keep_top_p(keep_top_k(logits, 2), 0.5)), [[True, False, False, False]]
-    )
+    np.testing.assert_array_equal(np.isfinite(keep_top_p(keep_top_k(logits, 2), 0.5)), [[True, False, False, False]])
 
 
 @pytest.mark.parametrize("k", [0, 5])
@@ -212,7 +210,9 @@ def test_cold_or_narrow_sampling_is_greedy():
     table = rng.permuted(np.tile(np.arange(8.0), (8, 1)), axis=1)
     greedy = run(range(8), table, max_length=5)
     for how in ({"temperature": 0.01}, {"temperature": 5.0, "top_k": 1}, {"temperature": 5.0, "top_p": 1e-6}):
-        np.testing.assert_array_equal(run(range(8), table, max_length=5, key=jax.random.key(1), **how).tokens, greedy.tokens)
+        np.testing.assert_array_equal(
+            run(range(8), table, max_length=5, key=jax.random.key(1), **how).tokens, greedy.tokens
+        )
     warm = run(range(8), table, max_length=5, temperature=5.0, key=jax.random.key(1))
     assert np.any(warm.tokens != greedy.tokens)
     # Of equal logits the first is taken, by the narrow filter too.

@@ -321,13 +321,13 @@ def test_steps_that_cannot_be_are_refused(scan_layers):
     cache = jax.eval_shape(lambda e: apply(e, 4, method="start_decoding"), encoded)
     for position in (4, -1):
         with pytest.raises(ValueError, match=f"position {position} do not fit into a memory of 4 slots"):
-            jax.eval_shape(
-                lambda c, position=position: apply(c, targets[:, 0], position, method="decode_step"), cache
-            )
+            jax.eval_shape(lambda c, position=position: apply(c, targets[:, 0], position, method="decode_step"), cache)
     encoder = MODEL.clone(decoder_layers=0)
     for method, argument in (("decode", targets), ("start_decoding", 4)):
         with pytest.raises(ValueError, match="no decoder layers"):
             jax.eval_shape(
-                lambda e, m=method, a=argument: encoder.apply(variables(encoder.clone(decoder_layers=1)), e, a, method=m),
+                lambda e, m=method, a=argument: encoder.apply(
+                    variables(encoder.clone(decoder_layers=1)), e, a, method=m
+                ),
                 encoded,
             )

@@ -7,13 +7,14 @@
     cat notes.txt | python -m experiments.generate --workdir=runs/mrt5 --file=- --deletion=none --json
 
 Texts are bytes: whatever a file holds is read, and what a model emits is shown with escapes where it is no UTF-8. A model of
-span corruption gets its input ended as in training, and emits the missing spans, each behind its sentinel (one of the top bytes).
+span corruption gets its input ended as in training, and emits the missing spans, each behind its sentinel (a top byte).
 `--json` prints one object a text, with the exact bytes in hexadecimal.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from typing import Any
@@ -134,7 +135,7 @@ def marked(text: bytes, kept: list[bool], *, colour: bool) -> str:
     """The text with runs of deleted bytes struck out in red, or in brackets; bytes that are no UTF-8 are escaped."""
     opening, closing = (_STRUCK, _PLAIN) if colour else ("[", "]")
     edges = [0, *(i for i in range(1, len(text)) if kept[i] != kept[i - 1]), len(text)]
-    runs = [(_shown(text[low:high]), kept[low]) for low, high in zip(edges, edges[1:], strict=False) if low < high]
+    runs = [(_shown(text[low:high]), kept[low]) for low, high in itertools.pairwise(edges) if low < high]
     return "".join(shown if stays else f"{opening}{shown}{closing}" for shown, stays in runs)
 
 

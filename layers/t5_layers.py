@@ -251,9 +251,11 @@ class ScannedDecoderLayer(nn.Module):
         return self.single(x, encoded, bias, key_bias, deterministic)
 
     def remember(self, encoded: Array) -> tuple[Array, Memory]:
+        """What every layer remembers of the same `encoded`, which goes on as it came."""
         return encoded, self.single.remember(encoded)
 
     def step(
         self, x: Array, own: Memory, cross: Memory, bias: Array, key_bias: Array, position: Array
     ) -> tuple[Array, Memory]:
+        """The token after the layer, and the layer's own memory."""
         return self.single.step(x, own, cross, bias, key_bias, position)

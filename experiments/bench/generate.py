@@ -2,9 +2,9 @@
 """Generation by a byte-level T5: cached decoding, dense and from an encoder that deletes bytes, and against no cache.
 
 The part "decode" times the loop from an encoder's output that is there already, "generate" encoding and loop as one program;
-both are compared with the dense model. The part "cached" compares the dense loop with one that scores all tokens again at each
-step. Weights are random, as time does not depend on them, and no row ends before the last token. `implied` counts the bytes that
-are left on average, `realised` pays for the rung that the longest row needs.
+both are compared with the dense model. The part "cached" compares the dense loop with one that scores all tokens again at
+each step. Weights are random, as time does not depend on them, and no row ends before the last token. `implied` counts the
+bytes that are left on average, `realised` pays for the rung that the longest row needs.
 """
 
 from __future__ import annotations
@@ -69,6 +69,9 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, ids: Any) -> I
     # A row that may not end does the same work whatever the weights.
     settings = dict(max_length=options.max_length, min_length=options.max_length)
     encode = jax.jit(lambda v, deletion: model.apply(v, ids, deletion=deletion, method="encode"), static_argnums=1)
+    decoder = jax.jit(
+        lambda v, encoded, rungs: generation.decode_t5(model, v, encoded, rungs=rungs, **settings), static_argnums=2
+    )
     generate, decode, kept = {}, {}, {}
     for share in shares:
         own = variables if share == DENSE else set_deleted_share(model, variables, ids, share)
@@ -78,9 +81,7 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, ids: Any) -> I
         encoded = encode(own, how["deletion"]).replace(aux=None)
         kept[share] = encoded.counts
         generate[share] = functools.partial(generation.generate_t5, model, own, ids, **how, **settings)
-        decode[share] = _call(
-            functools.partial(generation.decode_t5, model, rungs=how["rungs"], **settings), own, encoded
-        )
+        decode[share] = functools.partial(decoder, own, encoded, how["rungs"])
         if share == DENSE:
             again = _call(functools.partial(_decode_again, model, steps=options.max_length), own, encoded)
     common = _Common(options, model, ids.shape[0])

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from experiments.rundir import ConfigKeyError, apply_overrides
@@ -201,6 +204,21 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
         return apply_overrides(config, overrides or {})
     except (ConfigKeyError, TypeError) as error:
         raise ConfigError(str(error)) from error
+
+
+def load_config(workdir: os.PathLike[str]) -> ConfigDict:
+    """The config of the run in `workdir`.
+
+    Raises:
+      FileNotFoundError: the workdir holds no run.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first: python -m experiments.train")
+    config = base_config()
+    with config.unlocked():
+        config.update(ConfigDict(json.loads(path.read_text())))
+    return config
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tabulate import tabulate
 from experiments import config as config_lib
 from experiments import data, measure, parallel, tasks, train
 from experiments.checkpoints import Checkpointer
+from experiments.config import load_config
 from experiments.rundir import config_hash, git_revision, versions
 
 
@@ -67,21 +68,6 @@ def assess(
     result["realised"] = times["dense"].median / times["adaptive"].median
     result["milliseconds"] = {name: 1e3 * timing.median for name, timing in times.items()}
     return result
-
-
-def load_config(workdir: epath.Path) -> ConfigDict:
-    """The config of the run in `workdir`.
-
-    Raises:
-      FileNotFoundError: the workdir holds no run.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} holds no run (no config.json); train first: python -m experiments.train")
-    config = config_lib.base_config()
-    with config.unlocked():
-        config.update(ConfigDict(json.loads(path.read_text())))
-    return config
 
 
 def restore(workdir: epath.Path, config: ConfigDict, program: train.Program, step: int | str | None) -> Any:

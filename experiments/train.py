@@ -5,8 +5,10 @@ r"""The training loop of all studies, and the command that starts it.
     python -m experiments.train --config=configs/PAPER/NAME.py:runlocal --workdir=/tmp/try --overwrite
     python -m experiments.train --config=configs/PAPER/NAME.py:variant=B/16 --workdir=runs/b16 \
         --config.optimizer.peak=3e-4 --config.parallel.preset=fsdp
+    python -m experiments.train --workdir=runs/NAME
 
-Starting the same command again resumes. The rules, in the order in which they are applied:
+Starting the same command again resumes; without --config, a run that is there goes on with its own. The rules, in the order
+in which they are applied:
 
 1. A workdir that is new or empty starts at step 0, from `params` where the caller gives them, else from `seed`.
 2. A workdir that holds another experiment is refused, untouched; `--overwrite` removes that run and starts anew.
@@ -483,13 +485,17 @@ def _main(argv: list[str]) -> None:
     """Reads the flags and trains."""
     del argv
     values = flags.FLAGS
-    missing = [name for name in ("config", "workdir") if getattr(values, name) is None]
+    config = values.config
+    resumes = config is None and values.workdir is not None and not values.overwrite
+    if resumes and (epath.Path(values.workdir) / "config.json").exists():
+        config = config_lib.load_config(values.workdir)
+    missing = [name for name, value in (("config", config), ("workdir", values.workdir)) if value is None]
     if missing:
         raise app.UsageError(f"--{' and --'.join(missing)} must be given; see the examples above.", exitcode=2)
     quiet_logs()
     if values.distributed:
         jax.distributed.initialize()
-    sys.exit(run(values.config, values.workdir, overwrite=values.overwrite))
+    sys.exit(run(config, values.workdir, overwrite=values.overwrite))
 
 
 if __name__ == "__main__":

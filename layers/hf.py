@@ -70,13 +70,13 @@ def load(
     with contextlib.ExitStack() as stack:
         tensors = _Tensors(directory, stack)
         tensors.drop_repeated(family.aliases(module))
-        leaves = family.leaves(module, config, tensors.names)
-        expected = {name: leaf.tensor_shape(shapes[leaf.path]) for leaf in leaves for name in leaf.tensors}
+        places = family.leaves(module, config, tensors.names)
+        expected = {name: leaf.tensor_shape(shapes[leaf.path]) for leaf in places for name in leaf.tensors}
         extra = {name for name in tensors.names - set(expected) if not family.skipped(module, config, name)}
         tensors.check(expected, extra)
         params = {
             leaf.path: jnp.asarray(leaf.parameter(map(tensors.read, leaf.tensors), shapes[leaf.path], dtype))
-            for leaf in leaves
+            for leaf in places
         }
     params |= _initial(family, module, sorted(set(shapes) - set(params)), dtype)
     return module, {"params": unflatten_dict(params, sep="/")}, config
@@ -106,21 +106,37 @@ def save(
     directory = pathlib.Path(directory)
     if found := [name for name in ("config.json", _SINGLE, _INDEX) if (directory / name).exists()]:
         raise ValueError(f"{directory} already holds {', '.join(found)}; remove the checkpoint or choose another place")
-    family = next((family for family in FAMILIES if isinstance(module, family.MODULE)), None)
-    if family is None:
-        known = ", ".join(family.MODULE.__name__ for family in FAMILIES)
-        raise ValueError(f"a {type(module).__name__} has no Hugging Face form; those with one: {known}")
+    family = _family_of(module)
     described = family.describe(module, config or {})
-    leaves = family.leaves(module, described)
+    places = family.leaves(module, described)
     params = flatten_dict(nn.unbox(variables["params"]), sep="/")
-    _check_params(params, _shapes(family, module), leaves)
+    _check_params(params, _shapes(family, module), places)
     dtype = _common_dtype(params)
     described["torch_dtype" if "torch_dtype" in described else "dtype"] = dtype
     directory.mkdir(parents=True, exist_ok=True)
-    _write_tensors(directory, leaves, params, shard_bytes)
+    _write_tensors(directory, places, params, shard_bytes)
     # Last, so that an interrupted save is no checkpoint.
     (directory / "config.json").write_text(_json(described))
     return described
+
+
+def leaves(module: nn.Module, config: Mapping[str, Any]) -> list[Leaf]:
+    """Where each parameter of a module lies in a checkpoint with this config; new ones have no place.
+
+    Raises:
+      ValueError: the module has no Hugging Face form.
+    """
+    return _family_of(module).leaves(module, config)
+
+
+def abstract_params(module: nn.Module) -> dict[str, Any]:
+    """The tree of parameters, as `jax.ShapeDtypeStruct`; allocates nothing.
+
+    Raises:
+      ValueError: the module has no Hugging Face form.
+    """
+    family = _family_of(module)
+    return unflatten_dict(jax.eval_shape(lambda: _initialised(family, module)), sep="/")
 
 
 # ---- Which family ----------------------------------------------------------------------------------------------------
@@ -151,6 +167,14 @@ def _family(config: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"config.json has architectures {list(architectures)}; known: {', '.join(family.ARCHITECTURES)}"
         )
+    return family
+
+
+def _family_of(module: nn.Module) -> Any:
+    family = next((family for family in FAMILIES if isinstance(module, family.MODULE)), None)
+    if family is None:
+        known = ", ".join(family.MODULE.__name__ for family in FAMILIES)
+        raise ValueError(f"a {type(module).__name__} has no Hugging Face form; those with one: {known}")
     return family
 
 

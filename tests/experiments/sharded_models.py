@@ -33,6 +33,7 @@ CASES = {
     "vit-random": (digits, "runlocal,method=random,r=4", VIT, ("none", "dp")),
     "t5": (spans, "runlocal,gate=no_deletion", T5 | UNUSED, EVERY),
     "t5-mrt5": (spans, "runlocal,gate=mrt5", T5, EVERY),
+    "t5-words": (spans, "runlocal,chunker=words", T5 | {"model.chunk_layer": 1}, ("none", "fsdp")),
     "t5-random": (spans, "runlocal,gate=random_deletion", T5, ("none", "fsdp")),
 }
 

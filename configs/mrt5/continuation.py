@@ -43,6 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             # The mixture of blocks works on embeddings.
             chunk_layer=0 if given.chunker == "gbst" else 2,
             chunk_hyper=chunk_hyper(given.chunker, given.rate),
+            chunk_local=False,
             rungs=(12, 24, 36, 48),
             deletion=deletion_section(target=given.rate, kp=0.05, ki=1e-4),
         )

@@ -43,6 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             # The mixture of blocks works on embeddings.
             chunk_layer=0 if given.chunker == "gbst" else 2,
             chunk_hyper=chunk_hyper(given.chunker, given.rate),
+            chunk_local=False,
             rungs=(32, 48, 64, 80, 96, 112, 128),
             # One compiled layer a stack: a ladder compiles the layers above the gate once for each rung.
             scan_layers=True,

@@ -34,10 +34,10 @@ KIND_COLUMNS = (
 KIND_TITLE = "The character tasks by kind of example."
 
 
-def run(context: Context, settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     """Makes the rows of every task, and the tables; returns the ids of the rows."""
     rows = []
-    for task, chosen in settings.items():
+    for task, chosen in settings["tasks"].items():
         arg, rate = chosen["arg"], chosen["rate"]
         dense = f"{arg},gate=no_deletion"
         bases = {"base": Setup("base", arg=dense, overrides=UNUSED, start="")}
@@ -47,7 +47,7 @@ def run(context: Context, settings: Mapping[str, Mapping[str, Any]]) -> list[str
             Setup("dense", arg=dense, overrides=UNUSED),
             *(Setup(method, rate, f"{arg},gate={method},rate={rate}") for method in METHODS),
         ]
-        rows += [runs.row(setup, seed, task=task) for seed in context.settings["seeds"] for setup in setups]
+        rows += [runs.row(setup, seed, task=task) for seed in settings["seeds"] for setup in setups]
     tables.write(context.results, "characters", TITLE, [*rows, *published.tasks()], COLUMNS)
     kinds = by_kind(rows)
     if kinds:

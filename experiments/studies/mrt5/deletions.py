@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,21 +14,41 @@ import numpy as np
 
 from experiments import data, tasks
 from experiments.data import byte_vocab
-from experiments.studies import plots
-from experiments.studies.mrt5.runs import Runs
+from experiments.byte_classes import CLASSES
+from experiments.studies import plots, tables
+from experiments.studies.mrt5.runs import Runs, Setup
 from experiments.studies.mrt5.trade_off import BASES, DELETIONS, deletion_setups
 from experiments.studies.study import Context
 
+TITLE = "Share of bytes deleted, by class of byte, on held-out text (%)."
+COLUMNS = (
+    tables.Column("method", "method"),
+    tables.Column("target deletion %", lambda row: 100 * row["rate"], 0),
+    *(tables.Column(name, lambda row, name=name: _percent(row[f"deleted/{name}"]), 1) for name in CLASSES),
+)
 
-def picture(context: Context, settings: Mapping[str, Any]) -> None:
-    """Draws a held-out text with the bytes that each method deletes at the middle rate of the trade-off."""
+
+def _percent(share: float) -> float | str:
+    # No byte of a class in the text has no share of it deleted.
+    return "-" if math.isnan(share) else 100 * share
+
+
+def run(context: Context, settings: Mapping[str, Any]) -> None:
+    """Writes the table of deleted bytes by class and the picture, both at the middle rate of the trade-off."""
     runs = Runs(context, "trade_off", settings["config"], BASES, settings["base"], settings["tune"])
-    rate = settings["rates"][len(settings["rates"]) // 2]
+    setups = deletion_setups(DELETIONS, (settings["rates"][len(settings["rates"]) // 2],))
+    rows = [runs.row(setup, seed) for seed in context.settings["seeds"] for setup in setups]
+    tables.write(context.results, "classes", TITLE, rows, COLUMNS)
+    _picture(context, runs, setups, settings["shown"])
+
+
+def _picture(context: Context, runs: Runs, setups: Sequence[Setup], shown_texts: int) -> None:
+    """Draws held-out texts with the bytes that each method deletes."""
     lines = []
-    for setup in deletion_setups(DELETIONS, (rate,)):
+    for setup in setups:
         _, config, result = runs.fit(setup, context.settings["seeds"][0])
         task = tasks.build(config)
-        dataset = data.build(config.data, split="test", batch_size=settings["shown"], seed=config.seed)
+        dataset = data.build(config.data, split="test", batch_size=shown_texts, seed=config.seed)
         ids = next(iter(dataset.eval_batches(1)))["input_ids"]
         apply = functools.partial(task.model.apply, deletion="soft", rngs={"deletion": jax.random.key(0)})
         kept = jax.jit(lambda params, ids, apply=apply: apply({"params": params}, ids)[1]["kept"])

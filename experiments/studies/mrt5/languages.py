@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments import data
+from experiments.rundir import apply_overrides
 from experiments.studies import plots, tables
 from experiments.studies.mrt5 import published
 from experiments.studies.mrt5.runs import Runs, Setup
@@ -32,15 +34,15 @@ TITLE = (
 )
 
 
-def setups(rate: float, languages: tuple[str, ...]) -> list[Setup]:
+def setups(arg: str, rate: float, languages: tuple[str, ...]) -> list[Setup]:
     """The methods that the table compares; all are evaluated on all languages."""
     # A gate trained on English alone has to meet the other languages.
     everywhere = {"data.eval_languages": languages}
     return [
-        Setup("dense", arg="gate=no_deletion", overrides={**UNUSED, **everywhere}),
-        Setup("mrt5", rate, f"gate=mrt5,rate={rate}", everywhere),
-        Setup("mrt5_zero_shot", rate, f"gate=mrt5,rate={rate}", {**ENGLISH, **everywhere}),
-        Setup("random_deletion", rate, f"gate=random_deletion,rate={rate}", everywhere),
+        Setup("dense", arg=f"{arg},gate=no_deletion", overrides={**UNUSED, **everywhere}),
+        Setup("mrt5", rate, f"{arg},gate=mrt5,rate={rate}", everywhere),
+        Setup("mrt5_zero_shot", rate, f"{arg},gate=mrt5,rate={rate}", {**ENGLISH, **everywhere}),
+        Setup("random_deletion", rate, f"{arg},gate=random_deletion,rate={rate}", everywhere),
     ]
 
 
@@ -53,14 +55,17 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
         context.results.mkdir(parents=True, exist_ok=True)
         (context.results / "languages_summary.md").write_text(f"{note}\n")
         return []
-    rate, text = settings["rate"], {"data.path": folder}
-    bases = {"base": Setup("base", arg="gate=no_deletion", overrides=UNUSED, start="")}
+    arg, rate, text = settings["arg"], settings["rate"], {"data.path": folder}
+    bases = {"base": Setup("base", arg=f"{arg},gate=no_deletion", overrides=UNUSED, start="")}
+    languages = tuple(
+        group.name for group in data.groups(apply_overrides(context.config(settings["config"], arg), text).data)
+    )
     runs = Runs(
         context, "languages", settings["config"], bases, {**settings["base"], **text}, {**settings["tune"], **text}
     )
     rows = []
     for seed in context.settings["seeds"]:
-        rows += [runs.row(setup, seed) for setup in setups(rate, tuple(settings["languages"]))]
+        rows += [runs.row(setup, seed) for setup in setups(arg, rate, languages)]
     lines = by_language(rows)
     tables.write(context.results, "languages", TITLE.format(rate=100 * rate), lines, COLUMNS, receipts=())
     figure = plots.bars(

@@ -67,7 +67,8 @@ CONTROL_TITLE = (
 
 def deletion_setups(methods: Iterable[str], rates: Sequence[float]) -> list[Setup]:
     """A setup for each deletion method at each rate."""
-    return [Setup(method, rate, f"gate={method},rate={rate}") for method in methods for rate in rates]
+    by_class = {"model.deletion.by_class": True}
+    return [Setup(method, rate, f"gate={method},rate={rate}", by_class) for method in methods for rate in rates]
 
 
 def setups(settings: Mapping[str, Any]) -> list[Setup]:
@@ -76,11 +77,11 @@ def setups(settings: Mapping[str, Any]) -> list[Setup]:
     if not settings.get("neighbours"):
         return [*dense, *deletion_setups(DELETIONS, settings["rates"])]
     standard = BASES["base_softmax"].overrides
-    floor = {**UNUSED, **settings["floor"]}
+    floor = {**UNUSED, **settings["floor"]} if "floor" in settings else None
     return [
         *dense,
         Setup("dense, standard softmax", arg="gate=no_deletion", overrides=standard, start="base_softmax"),
-        Setup("decoder only", arg="gate=no_deletion", overrides=floor, start=""),
+        *([Setup("decoder only", arg="gate=no_deletion", overrides=floor, start="")] if floor else []),
         *deletion_setups(DELETIONS, settings["rates"]),
         *(
             Setup(method, rate, f"chunker={chunker}", overrides)

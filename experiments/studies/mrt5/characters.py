@@ -47,7 +47,9 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
             Setup("dense", arg=dense, overrides=UNUSED),
             *(Setup(method, rate, f"{arg},gate={method},rate={rate}") for method in METHODS),
         ]
-        rows += [runs.row(setup, seed, task=task) for seed in settings["seeds"] for setup in setups]
+        rows += [
+            runs.row(setup, seed, lambda task=task: {"task": task}) for seed in settings["seeds"] for setup in setups
+        ]
     tables.write(context.results, "characters", TITLE, [*rows, *published.tasks()], COLUMNS)
     kinds = by_kind(rows)
     if kinds:

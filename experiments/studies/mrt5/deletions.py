@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import data, tasks
-from experiments.data import byte_vocab
 from experiments.byte_classes import CLASSES
+from experiments.data import byte_vocab
 from experiments.studies import plots, tables
 from experiments.studies.mrt5.runs import Runs, Setup
 from experiments.studies.mrt5.trade_off import BASES, DELETIONS, deletion_setups
@@ -46,7 +46,7 @@ def _picture(context: Context, runs: Runs, setups: Sequence[Setup], shown_texts:
     """Draws held-out texts with the bytes that each method deletes."""
     lines = []
     for setup in setups:
-        _, config, result = runs.fit(setup, context.settings["seeds"][0])
+        config, result = runs.fit(setup, context.settings["seeds"][0])
         task = tasks.build(config)
         dataset = data.build(config.data, split="test", batch_size=shown_texts, seed=config.seed)
         ids = next(iter(dataset.eval_batches(1)))["input_ids"]

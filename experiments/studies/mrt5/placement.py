@@ -35,7 +35,7 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
             setup = Setup(
                 f"mrt5_after_layer{layer}", rate, f"gate=mrt5,rate={rate}", {"model.gate_layer": layer}
             )  # fmt: skip
-            rows.append({**runs.row(setup, seed, layer=layer), "method": "mrt5"})
+            rows.append({**runs.row(setup, seed, lambda layer=layer: {"layer": layer}), "method": "mrt5"})
     tables.write(context.results, "placement", TITLE, [*rows, *published.placement()], COLUMNS)
     panels = [
         ("layer", "gate after layer", "bits_per_byte", "bits per byte"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,6 +57,7 @@ class Runs:
       context: of the study; part: folder of the runs.
       config: file under `configs/`.
       bases: the dense setups by name; `base`, `tune`: overrides for their training, and for all other training.
+      trained: the dense models, once they are.
     """
 
     context: Context
@@ -65,34 +66,43 @@ class Runs:
     bases: Mapping[str, Setup]
     base: Mapping[str, Any]
     tune: Mapping[str, Any]
+    trained: dict[str, TrainResult] = dataclasses.field(default_factory=dict, repr=False)
 
-    def fit(self, setup: Setup, seed: int) -> tuple[str, ConfigDict, TrainResult]:
-        """`(run, config, result)` of a setup trained from its dense model; a finished run is only read."""
-        config = self._config(setup, {**self.tune, **setup.overrides, "seed": seed})
+    def fit(self, setup: Setup, seed: int) -> tuple[ConfigDict, TrainResult]:
+        """`(config, result)` of a setup trained from its dense model; a finished run is only read."""
+        config = self._tuned(setup, seed)
         params = graft(config, self._base(setup.start).state.params) if setup.start else None
-        run = f"{self.part}/{setup.name}-seed{seed}"
-        return run, config, self.context.train(run, config, params=params)
+        return config, self.context.train(self._run(setup, seed), config, params=params)
 
-    def row(self, setup: Setup, seed: int, **more: Any) -> dict[str, Any]:
-        """The row of a setup on the test split: every scalar that the evaluation found, by its name."""
-        run, config, result = self.fit(setup, seed)
-        self.context.say(f"evaluating {run}")
-        build = functools.partial(self._evaluate, setup, run, config, result, more)
-        return self.context.rows.make(run, config, build)
+    def row(self, setup: Setup, seed: int, more: Callable[[], Mapping[str, Any]] = dict) -> dict[str, Any]:
+        """The row of a setup on the test split: every scalar that the evaluation found, by its name, and what `more` adds.
+
+        Nothing is trained for a row that is there.
+        """
+        build = functools.partial(self._evaluate, setup, seed, more)
+        return self.context.rows.make(self._run(setup, seed), self._tuned(setup, seed), build)
+
+    def _run(self, setup: Setup, seed: int) -> str:
+        return f"{self.part}/{setup.name}-seed{seed}"
+
+    def _tuned(self, setup: Setup, seed: int) -> ConfigDict:
+        return self._config(setup, {**self.tune, **setup.overrides, "seed": seed})
 
     def _base(self, name: str) -> TrainResult:
-        setup = self.bases[name]
-        # One dense model for all seeds, as the paper has one ByT5.
-        config = self._config(setup, {**self.base, **setup.overrides, "seed": 0})
-        return self.context.train(f"{self.part}/{setup.name}", config)
+        """One dense model for all seeds, as the paper has one ByT5."""
+        if name not in self.trained:
+            setup = self.bases[name]
+            config = self._config(setup, {**self.base, **setup.overrides, "seed": 0})
+            self.trained[name] = self.context.train(f"{self.part}/{setup.name}", config)
+        return self.trained[name]
 
     def _config(self, setup: Setup, overrides: Mapping[str, Any]) -> ConfigDict:
         return apply_overrides(self.context.config(self.config, setup.arg), dict(overrides))
 
-    def _evaluate(
-        self, setup: Setup, run: str, config: ConfigDict, result: TrainResult, more: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        task, settings = tasks.build(config), self.context.settings
+    def _evaluate(self, setup: Setup, seed: int, more: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        config, result = self.fit(setup, seed)
+        run, task, settings = self._run(setup, seed), tasks.build(config), self.context.settings
+        self.context.say(f"evaluating {run}")
         dataset = data.build(config.data, split="test", batch_size=EVALUATION_BATCH, seed=config.seed)
         program = train.build_program(config, task, dataset.spec)
         sizes = dict(batches=settings["batches"], repeats=settings["repeats"])
@@ -107,12 +117,12 @@ class Runs:
             "realised": 1.0 if dense else found["realised"],
             "milliseconds_per_example": found["milliseconds"]["dense" if dense else "adaptive"] / EVALUATION_BATCH,
             "command": self.context.evaluate_command(run, "test", {"batch_size": EVALUATION_BATCH}),
-            **more,
+            **more(),
         }
 
     def trace(self, setup: Setup, seed: int, metric: str) -> tuple[list[int], list[float]]:
         """`(steps, values)` of a training metric that a run wrote."""
-        path = self.context.runs / self.part / f"{setup.name}-seed{seed}" / "metrics.jsonl"
+        path = self.context.runs / self._run(setup, seed) / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         points = [(row["step"], row[f"train/{metric}"]) for row in rows if f"train/{metric}" in row]
         return [step for step, _ in points], [value for _, value in points]

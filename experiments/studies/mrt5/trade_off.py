@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,8 +97,8 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     rows = []
     for seed in context.settings["seeds"]:
         for setup in setups(settings):
-            more = _settled(runs, setup, seed) if setup.method == "mrt5" else {}
-            rows.append(runs.row(setup, seed, **more))
+            more = functools.partial(_settled, runs, setup, seed) if setup.method == "mrt5" else dict
+            rows.append(runs.row(setup, seed, more))
     _report(context, rows)
     _controller(context, runs, rows, settings)
     return [row["id"] for row in rows]
@@ -141,7 +142,6 @@ def _at_length(rows: Iterable[Mapping[str, Any]], method: str, row: Mapping[str,
 
 def _settled(runs: Runs, setup: Setup, seed: int) -> dict[str, float]:
     """How near the share of deleted bytes stayed to the target in the last quarter of training."""
-    runs.fit(setup, seed)
     _, shares = runs.trace(setup, seed, "deleted")
     last = np.array(shares[-max(len(shares) // 4, 1) :])
     width = min(10, len(last))

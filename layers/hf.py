@@ -151,6 +151,8 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; it must be an object")
     if not config.get("model_type"):
         types = {name: kind for family in FAMILIES for name, kind in family.ARCHITECTURES.items()}
         config["model_type"] = next((types[name] for name in config.get("architectures") or () if name in types), None)
@@ -263,7 +265,7 @@ def _files(directory: pathlib.Path, stack: contextlib.ExitStack) -> list[tuple[A
         return [(file, list(file.keys()))]
     if not (directory / _INDEX).exists():
         raise ValueError(_no_tensors(directory))
-    places = json.loads((directory / _INDEX).read_text())["weight_map"]
+    places = json.loads((directory / _INDEX).read_text()).get("weight_map", {})
     files = {shard: _open(directory / shard, stack) for shard in sorted(set(places.values()))}
     held = {shard: set(file.keys()) for shard, file in files.items()}
     for name, shard in places.items():
@@ -276,7 +278,8 @@ def _open(path: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     if not path.exists():
         raise ValueError(f"{path} is missing, a file that {_INDEX} names; the download may be incomplete")
     try:
-        return stack.enter_context(safe_open(path, framework="numpy"))
+        # Not mapped: pages of the file would count beside the arrays that are made from them.
+        return stack.enter_context(safe_open(path, framework="numpy", backend="pread"))
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(

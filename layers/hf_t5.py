@@ -161,12 +161,15 @@ def describe(module: T5, config: Mapping[str, Any]) -> dict[str, Any]:
     gated = module.gate not in (None, "no_deletion")
     family = "mrt5" if gated or module.softmax == "off_by_one" else _plain_type(module, config)
     result["model_type"] = family
-    if not (config and config.get("model_type") == family and _scaled(config) == module.tie_embeddings):
-        result.pop("scale_decoder_outputs", None)
-        result["tie_word_embeddings"] = module.tie_embeddings
+    result["tie_word_embeddings"] = module.tie_embeddings
+    if result.get("scale_decoder_outputs") not in (None, module.tie_embeddings):
+        del result["scale_decoder_outputs"]
+    if config.get("model_type") != family:
+        # It names code for the family that this was.
+        result.pop("auto_map", None)
     if family == "mrt5":
         result |= _describe_gate(module, gated)
-    elif config.get("model_type") == "mrt5":
+    else:
         result = {key: value for key, value in result.items() if key not in _GATE_KEYS}
     return result | {"architectures": [_architecture(module, family)]}
 
@@ -182,7 +185,6 @@ _GATE_KEYS = (
     "random_deletion_probability",
     "fixed_deletion_amount",
     "has_absolute_position_embeddings",
-    "auto_map",
 )
 
 

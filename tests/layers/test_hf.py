@@ -217,6 +217,31 @@ def test_a_gate_that_keeps_everything_is_saved_as_no_gate(tmp_path):
     assert hf.load(tmp_path)[0].gate is None
 
 
+@pytest.mark.parametrize(("name", "tied"), [("t5_tied_small", False), ("byt5_small", True)])
+def test_a_config_whose_head_is_changed_says_so(tmp_path, name, tied):
+    """Also to readers of `scale_decoder_outputs`, which goes before `tie_word_embeddings`."""
+    settings = {"tie_word_embeddings": True, "scale_decoder_outputs": not tied}
+    module, variables, config = hf.load(altered(tmp_path / "in", name, **settings))
+    assert module.tie_embeddings != tied
+    other = module.clone(tie_embeddings=tied)
+    params = dict(variables["params"])
+    params = (
+        {k: v for k, v in params.items() if k != "head"} if tied else params | {"head": {"kernel": jnp.ones((12, 72))}}
+    )
+    hf.save(tmp_path / "out", other, {"params": params}, config)
+    found, again, _ = hf.load(tmp_path / "out")
+    assert found == other
+    assert_same(again, {"params": params})
+
+
+def test_the_public_baseline_with_the_same_softmax_is_read_and_rewritten(tmp_path):
+    source = altered(tmp_path / "in", "byt5_small", use_softmax1=True)
+    assert hf.load(source)[0].softmax == "off_by_one"
+    module, variables, config = hf.load(source, softmax="standard")
+    hf.save(tmp_path / "out", module, variables, config)
+    assert hf.load(tmp_path / "out")[0].softmax == "standard"
+
+
 def test_a_model_without_its_gate_is_no_longer_an_mrt5(tmp_path):
     module, variables, config = hf.load(DATA / "mrt5_small", gate=None, softmax="standard")
     assert "delete_gate" not in variables["params"]
@@ -388,6 +413,9 @@ def test_directories_that_are_no_checkpoint_are_refused(tmp_path):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-10])
     with pytest.raises(ValueError, match=rf"model.safetensors \({len(whole) - 10} bytes\) cannot be read"):
+        hf.load(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json holds a list"):
         hf.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is no JSON"):

@@ -37,6 +37,7 @@ from experiments.checkpoints import Checkpointer
 from experiments.data import byte_vocab
 from experiments.evaluate import parse_overrides
 from experiments.rundir import RunDir, WorkdirMismatch
+from experiments.tasks.models import NOT_OF_A_SECTION
 from experiments.tasks.seq2seq import Deletion
 from layers import hf
 
@@ -148,10 +149,10 @@ def _value(key: str, value: Any) -> Any:
 
 def _section(module: Any, deletion: Mapping[str, Any]) -> ConfigDict:
     """The model section that `experiments.tasks.models.build_t5` makes the module from."""
-    left_out = {"parent", "name", "hooks", "dtype"}
-    section = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
-    section = {key: value for key, value in section.items() if key not in left_out}
-    section |= {"gate": module.gate or "", "rungs": module.rungs or (), "gate_hyper": dict(module.gate_hyper)}
+    names = {field.name for field in dataclasses.fields(module)} - NOT_OF_A_SECTION
+    section = {name: getattr(module, name) for name in sorted(names)}
+    section |= {name: section[name] or "" for name in ("gate", "chunker")} | {"rungs": module.rungs or ()}
+    section |= {name: dict(section[name]) for name in ("gate_hyper", "chunk_hyper")}
     return ConfigDict({**section, "deletion": dict(deletion)})
 
 

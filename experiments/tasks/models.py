@@ -28,7 +28,7 @@ REDUCTION = {
 
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
-_NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
+NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
 
 
 def reduction_section(**values: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _attributes(module: type, section: Mapping[str, Any], taken: Iterable[str]) 
     Raises:
       ValueError: an entry is neither an attribute nor in `taken`.
     """
-    fields = {field.name for field in dataclasses.fields(module)} - _NOT_OF_A_SECTION
+    fields = {field.name for field in dataclasses.fields(module)} - NOT_OF_A_SECTION
     taken = set(taken)
     check_keys("model", section, fields | taken)
     return {key: _plain(value) for key, value in section.items() if key not in taken}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import optim, parallel
@@ -42,6 +42,7 @@ def expected(name, n, *, peak, warmup, steps, end):
     return peak * ((1 - end) * 0.5 * (1 + math.cos(math.pi * part)) + end)
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(optim.SCHEDULES), st.integers(1, 200), st.floats(0, 1), st.floats(1e-5, 1.0), st.floats(0.0, 1.0)
 )

@@ -32,8 +32,7 @@ TINY = {
     "model.encoder_layers": 2,
     "model.decoder_layers": 1,
     "model.gate_layer": 1,
-    "model.scan_layers": False,
-    "model.rungs": (24,),
+    "model.rungs": (48,),
 }
 
 
@@ -124,7 +123,7 @@ def test_languages_of_a_folder_make_a_table_and_a_plot(tmp_path):
     (tmp_path / "text").mkdir()
     folder = tiny_data.write_languages(tmp_path / "text")
     lengths = {"data.context": 24, "data.targets_length": 8, "data.eval_examples": 2}
-    tiny = {**TINY, **lengths}
+    tiny = {**TINY, **lengths, "model.scan_layers": False}
     settings = dict(
         config="mrt5/languages.py", arg="objective=next_byte", rate=0.5, base=tiny, tune={**tiny, "log_every": 1}
     )

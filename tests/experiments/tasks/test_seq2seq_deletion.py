@@ -245,7 +245,7 @@ def test_only_a_learned_gate_has_an_entropy_and_only_a_gate_in_use_has_classes()
     unused = jax.eval_shape(
         lambda params: make_task(evaluate="", by_class=True).eval_step(params, batch(), extra={}), params()
     )
-    assert set(unused) == {"cross_entropy", "bits_per_byte", "kept"}
+    assert set(unused) == {"cross_entropy", "bits_per_byte", "kept", "token_accuracy", "sequence_accuracy"}
 
 
 # --- Ablations through the training loop --------------------------------------------------------------------------

@@ -37,8 +37,8 @@ from experiments.checkpoints import Checkpointer
 from experiments.data import byte_vocab
 from experiments.evaluate import parse_overrides
 from experiments.rundir import RunDir, WorkdirMismatch
+from experiments.tasks.deletion import Deletion
 from experiments.tasks.models import NOT_OF_A_SECTION
-from experiments.tasks.seq2seq import Deletion
 from layers import hf
 
 # Of a recipe's model section: how the model runs, not what it is.

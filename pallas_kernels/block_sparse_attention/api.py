@@ -6,16 +6,27 @@ Shapes: B batch, N queries, L keys, H heads, G key heads (G divides H), d head w
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention import tpu, tpu_backward, xla
 from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 
 SOFTMAX = ("standard", "off_by_one")
-_PASSES = {"xla": Passes(xla.forward, xla.backward)}
+_INTERPRET = pltpu.InterpretParams()
+_PASSES = {
+    "tpu": Passes(tpu.forward, tpu_backward.backward),
+    "interpret": Passes(
+        functools.partial(tpu.forward, interpret=_INTERPRET),
+        functools.partial(tpu_backward.backward, interpret=_INTERPRET),
+    ),
+    "xla": Passes(xla.forward, xla.backward),
+}
 
 
 def block_sparse_attention(
@@ -53,7 +64,8 @@ def block_sparse_attention(
 
     Raises:
       ValueError: shapes do not fit each other or the index, an unknown `softmax`, or sinks beside softmax off by one.
-      NotImplementedError: the named implementation is not there or cannot do it.
+      NotImplementedError: the named implementation is not there or cannot do it: on TPUs blocks are multiples of 128, and the
+        keys of a head (for gradients its queries too) must fit in VMEM.
 
     Source: online softmax over blocks: Dao et al. 2022, algorithm 1; backward from the log-sum-exp: Dao 2023, algorithm 2.
     """
@@ -61,14 +73,10 @@ def block_sparse_attention(
     if softmax == "off_by_one":
         sinks = jnp.zeros(query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    implementations = {name: _runner(passes) for name, passes in _PASSES.items()}
+    implementations = {name: functools.partial(attend, passes) for name, passes in _PASSES.items()}
     args = (causal, float(scale), query, key, value, index, key_bias, sinks)
     out, lse = dispatch.call("block_sparse_attention", implementations, implementation, *args)
     return (out, lse) if return_lse else out
-
-
-def _runner(passes: Passes):
-    return lambda *args: attend(passes, *args)
 
 
 def _check(

@@ -53,6 +53,8 @@ def attend(
 
 def _forward(passes: Passes, causal: bool, scale: float, *args: Any) -> tuple[Any, Any]:
     out, lse = passes.forward(*args, causal=causal, scale=scale)
+    # What the backward pass cannot do is said here, where another implementation can still be chosen.
+    jax.eval_shape(functools.partial(passes.backward, causal=causal, scale=scale), *args, lse, lse, out)
     return (out, lse), (*args, out, lse)
 
 

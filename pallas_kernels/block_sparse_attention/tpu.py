@@ -3,10 +3,9 @@
 
 Logits are held as keys x queries: the softmax then reduces over sublanes, with plain vector operations in place of the lane
 shuffles that bound the usual orientation, and the running maximum and sum of a query are a row that broadcasts for free. Values
-come transposed and outputs leave transposed, which the surrounding program folds into the transpositions of heads it makes anyway.
+come transposed and outputs leave transposed, which the surrounding program joins to its own transpositions of heads.
 
-Shapes: B batch, H heads, G key heads, S tiles of lists, r lists in a tile, K list capacity, C key blocks, p queries in a block, q keys
-in a block, d head width.
+Shapes: B batch, N queries, L keys, H heads, G key heads, d head width.
 """
 
 from __future__ import annotations
@@ -71,6 +70,7 @@ def forward(
         "out": pltpu.VMEM((plan.rows + 1, width, plan.own), jnp.float32),
         "logits": [pltpu.VMEM(squares, jnp.float32)] * 2,
     }
+    specs, params = parts.fit(specs, args, scratch, plan, "keys")
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan=plan, causal=causal, sunk=sinks is not None, offset=index.keys - index.queries),
         grid=(batch, heads, plan.tiles),
@@ -81,7 +81,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, 1, plan.own_length), jnp.float32),
         ],
         scratch_shapes=[scratch],
-        compiler_params=parts.compiler_params(specs, args, scratch, plan, "keys"),
+        compiler_params=params,
         cost_estimate=parts.cost(args, plan, batch * heads, 4 * width),
         interpret=interpret,
         name="block_sparse_attention_forward",
@@ -89,7 +89,9 @@ def forward(
     return jnp.transpose(out[..., :length], (0, 3, 1, 2)), lse[:, :, 0, :length]
 
 
-def _kernel(inputs: Any, out_ref: Any, lse_ref: Any, scratch: Any, *, plan: Plan, causal: bool, sunk: bool, offset: int) -> None:
+def _kernel(
+    inputs: Any, out_ref: Any, lse_ref: Any, scratch: Any, *, plan: Plan, causal: bool, sunk: bool, offset: int
+) -> None:
     step = pl.program_id(2)
     state, out, counts = scratch["state"], scratch["out"], inputs["counts"]
     state[0] = jnp.full(state.shape[1:], inputs["start"][pl.program_id(1)])
@@ -121,7 +123,9 @@ def _kernel(inputs: Any, out_ref: Any, lse_ref: Any, scratch: Any, *, plan: Plan
         ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
         last = limits(ids, row, start, count)
         # Blocks are worked in squares as wide as the matrix unit, which share one comparison of rows with columns.
-        squares = [(w, pl.ds(k, plan.depth), last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)]
+        squares = [
+            (w, pl.ds(k, plan.depth), last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)
+        ]
         for t, piece in enumerate(pieces):
             logits = []
             for w, rows, limit in squares:
@@ -131,11 +135,15 @@ def _kernel(inputs: Any, out_ref: Any, lse_ref: Any, scratch: Any, *, plan: Plan
                 if "bank" in inputs:
                     x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
                 logits.append(parts.masked(x, limit + t * plan.chunk) if mask else x)
-            peak = functools.reduce(jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits], state[0, row, :, piece])
+            peak = functools.reduce(
+                jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits], state[0, row, :, piece]
+            )
             shrink = jnp.exp2(state[0, row, :, piece] - peak)
             weights = [jnp.exp2(x - peak) for x in logits]
             state[0, row, :, piece] = peak
-            state[1, row, :, piece] = state[1, row, :, piece] * shrink + sum(jnp.sum(x, axis=0, keepdims=True) for x in weights)
+            state[1, row, :, piece] = state[1, row, :, piece] * shrink + sum(
+                jnp.sum(x, axis=0, keepdims=True) for x in weights
+            )
             fresh = [
                 parts.product(inputs["value"][ids[w], :, rows], x.astype(inputs["value"].dtype), 1, 0)
                 for (w, rows, _), x in zip(squares, weights, strict=True)

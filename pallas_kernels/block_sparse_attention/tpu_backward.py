@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward pass of block-sparse attention for TPUs: one kernel over the lists of queries, one over the transposed lists of keys.
+"""Backward pass of block-sparse attention for TPUs: a kernel over the lists of queries, one over the transposed lists of keys.
 
 Both hold logits as keys x queries, where log-sum-exp and delta of a query are a row, and compute weights again. The kernel of
 queries keeps keys and values of a head in VMEM and sums the gradient of a query block; the kernel of keys keeps queries and
@@ -95,6 +95,7 @@ def _query_gradient(
         "logits": [squares] * 2,
         "dweights": [squares] * 2,
     }
+    specs, params = parts.fit(specs, args, scratch, plan, "keys")
     out = pl.pallas_call(
         functools.partial(_query_kernel, plan=plan, causal=causal, offset=offset),
         grid=(batch, heads, plan.tiles),
@@ -102,7 +103,7 @@ def _query_gradient(
         out_specs=parts.columns(plan, width),
         out_shape=jax.ShapeDtypeStruct((batch, heads, width, plan.own_length), jnp.float32),
         scratch_shapes=[scratch],
-        compiler_params=parts.compiler_params(specs, args, scratch, plan, "keys"),
+        compiler_params=params,
         cost_estimate=parts.cost(args, plan, batch * heads, 6 * width),
         interpret=interpret,
         name="block_sparse_attention_query_gradient",
@@ -124,7 +125,9 @@ def _query_kernel(inputs: Any, out_ref: Any, scratch: Any, *, plan: Plan, causal
             rows = pl.ds(first(row) + place, plan.chunk)
             for w, number in enumerate(ids):
                 scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], inputs["query"][rows, :], 1, 1)
-                scratch["dweights"][buffer][t, w] = parts.product(inputs["value"][number], inputs["dout"][rows, :], 1, 1)
+                scratch["dweights"][buffer][t, w] = parts.product(
+                    inputs["value"][number], inputs["dout"][rows, :], 1, 1
+                )
 
     def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
         place = step * plan.step_rows + row * plan.own + offset
@@ -193,9 +196,7 @@ def _key_gradients(
         "lse": _row(lse, plan.listed_length, jnp.inf).reshape(batch, heads, plan.blocks, 1, plan.listed),
         "delta": _row(delta, plan.listed_length, 0.0).reshape(batch, heads, plan.blocks, 1, plan.listed),
     }
-    own = pl.BlockSpec(
-        (None, None, plan.step_rows, width), lambda i, j, s: (i, parts.which(groups, heads)(j), s, 0)
-    )
+    own = pl.BlockSpec((None, None, plan.step_rows, width), lambda i, j, s: (i, parts.which(groups, heads)(j), s, 0))
     specs = dict(zip(("lists", "counts"), parts.table_specs(back, plan, heads, len(lists)), strict=True))
     specs |= {"key": own, "value": own}
     specs |= {name: parts.whole(args[name], heads) for name in ("query", "dout", "lse", "delta")}
@@ -211,16 +212,18 @@ def _key_gradients(
         "logits": [squares] * 2,
         "dweights": [squares] * 2,
     }
+    specs, params = parts.fit(specs, args, scratch, plan, "queries")
     outs = pl.pallas_call(
         functools.partial(_key_kernel, plan=plan, causal=causal, offset=offset),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs={name: parts.rows(plan, size) for name, size in sums.items()},
         out_shape={
-            name: jax.ShapeDtypeStruct((batch, heads, plan.own_length, size), jnp.float32) for name, size in sums.items()
+            name: jax.ShapeDtypeStruct((batch, heads, plan.own_length, size), jnp.float32)
+            for name, size in sums.items()
         },
         scratch_shapes=[scratch],
-        compiler_params=parts.compiler_params(specs, args, scratch, plan, "queries"),
+        compiler_params=params,
         cost_estimate=parts.cost(args, plan, batch * heads, 8 * width),
         interpret=interpret,
         name="block_sparse_attention_key_gradients",
@@ -248,7 +251,9 @@ def _key_kernel(inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: boo
             rows = pl.ds(first(row) + place, plan.chunk)
             for w, number in enumerate(ids):
                 scratch["logits"][buffer][t, w] = parts.product(inputs["key"][rows, :], inputs["query"][number], 1, 1)
-                scratch["dweights"][buffer][t, w] = parts.product(inputs["value"][rows, :], inputs["dout"][number], 1, 1)
+                scratch["dweights"][buffer][t, w] = parts.product(
+                    inputs["value"][rows, :], inputs["dout"][number], 1, 1
+                )
 
     def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
         place = step * plan.step_rows + row * plan.own
@@ -276,7 +281,9 @@ def _key_kernel(inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: boo
                     x += inputs["bank"][tiles[0][w], piece, columns].astype(jnp.float32)
                 x = parts.masked(x, limit - place) if mask else x
                 weights = jnp.exp2(x - inputs["lse"][ids[w], :, columns])
-                dlogits = weights * (scratch["dweights"][buffer][t, w, :, columns] - inputs["delta"][ids[w], :, columns])
+                dlogits = weights * (
+                    scratch["dweights"][buffer][t, w, :, columns] - inputs["delta"][ids[w], :, columns]
+                )
                 queries, douts = inputs["query"][ids[w], columns, :], inputs["dout"][ids[w], columns, :]
                 fresh["key"].append(parts.product(dlogits.astype(queries.dtype), queries, 1, 0))
                 fresh["value"].append(parts.product(weights.astype(douts.dtype), douts, 1, 0))

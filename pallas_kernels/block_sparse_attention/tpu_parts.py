@@ -65,7 +65,7 @@ def rows_first(x: Float[Array, "B N H d"], length: int, dtype: Any) -> Float[Arr
 def bias_columns(
     key_bias: Float[Array, "B L"] | None, keys: int, length: int, block: int
 ) -> Float[Array, "b C q 128"] | None:
-    """The bias in base 2 as columns, each as wide as a register; -inf for keys that fill up the last block, None for none at all."""
+    """The bias in base 2 as columns, each as wide as a register, -inf for keys that fill up the last block; None for none."""
     if key_bias is None and length == keys:
         return None
     bias = jnp.zeros((1, keys)) if key_bias is None else key_bias.astype(jnp.float32) * LOG2E
@@ -125,27 +125,35 @@ def which(size: int, heads: int) -> Callable[[Any], Any]:
     return lambda head: head // (heads // size)
 
 
-def compiler_params(specs: Any, args: Any, scratch: Any, plan: Plan, listed: str) -> Any:
-    """What to ask of the compiler: heads and batch rows may go to different cores, tiles of one head share its `listed` rows.
+def fit(specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str) -> tuple[dict[str, Any], Any]:
+    """The specs as they fit in VMEM, and what to ask of the compiler.
+
+    The `listed` rows of the next head are fetched while this one is worked, or only at its turn where two do not fit. Heads and
+    batch rows may go to different cores; tiles of one head share its listed rows.
 
     Raises:
-      NotImplementedError: blocks and scratch do not fit in VMEM.
+      NotImplementedError: blocks and scratch do not fit.
     """
-    per_row = fixed = 0
+    per_row, fixed = 0, sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(scratch))
+    resident = []
     for name, spec in specs.items():
         if not isinstance(spec, pl.BlockSpec) or spec.memory_space is not None:
             continue
         block = [size for size in spec.block_shape if size is not None]
-        # Two buffers of everything that the grid moves.
-        size = 2 * tpu_plan.vmem_bytes(block, args[name].dtype)
+        size = tpu_plan.vmem_bytes(block, args[name].dtype)
         if len(block) == 3 and name != "bank":
+            resident.append(name)
             per_row += size // plan.listed_length
         else:
-            # What a step writes has the shape of what it reads.
-            fixed += 2 * size
-    fixed += sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(scratch))
-    limit = tpu_plan.vmem_limit(per_row, plan.listed_length, fixed, listed)
+            # Two buffers, and what a step writes has the shape of what it reads.
+            fixed += 4 * size
+    buffers, limit = tpu_plan.vmem_limit(per_row, plan.listed_length, fixed, listed)
+    if buffers == 1:
+        once = {
+            n: pl.BlockSpec(specs[n].block_shape, specs[n].index_map, pipeline_mode=pl.Buffered(1)) for n in resident
+        }
+        specs = specs | once
     # Block numbers come from lists whose builders keep them in range.
-    return pltpu.CompilerParams(
+    return specs, pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=limit, disable_bounds_checks=True
     )

@@ -2,12 +2,12 @@
 """What the TPU kernels share: block sizes and the reasons for them, the memory check, and the walk over lists.
 
 The side that is listed lies whole in VMEM, one head at a time, so that a listed block is a slice at a dynamic index: no copy
-starts and no latency shows, however short the lists. A grid step works a tile of several lists as one flat walk over *items*, each
-up to W listed blocks of one list. The walk computes the products of the next item while the vector units work on this one,
-across the ends of lists, which is what keeps the matrix units busy at 128 rows a list.
+starts and no latency shows, however short the lists. A grid step works a tile of several lists as one flat walk over
+*items*, each up to W listed blocks of one list. The walk computes the products of the next item while the vector units work on
+this one, across the ends of lists, which is what keeps the matrix units busy at 128 rows a list.
 
-Shapes: B batch, H heads, R lists, S tiles of lists, r lists in a tile, K list capacity, W blocks in an item, p own rows of a list,
-q rows of a listed block, d head width.
+Shapes: B batch, H heads, R lists, S tiles of lists, r lists in a tile, K list capacity, W blocks in an item, p own rows of a
+list, q rows of a listed block, d head width.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def _matrix_width() -> int:
     return LANES if info is None else info.mxu_column_size
 
 
-def vmem_limit(per_row: int, rows: int, fixed: int, name: str) -> int:
-    """Bytes of VMEM to ask for: what the chip has for a kernel.
+def vmem_limit(per_row: int, rows: int, fixed: int, name: str) -> tuple[int, int]:
+    """How many copies of the rows that lie in VMEM whole fit, 2 or 1, and the bytes of VMEM there are for a kernel.
 
     Args:
-      per_row: bytes of each of the `rows` rows that lie in VMEM whole; fixed: of everything else; name: of the rows.
+      per_row: bytes of each of the `rows` rows; fixed: of everything else; name: of the rows.
 
     Raises:
-      NotImplementedError: the kernel needs more than the chip has.
+      NotImplementedError: not one copy fits.
     """
     info = _tpu_info()
     room = int((_VMEM_BYTES if info is None else info.vmem_capacity_bytes) * _VMEM_SHARE)
@@ -138,7 +138,7 @@ def vmem_limit(per_row: int, rows: int, fixed: int, name: str) -> int:
             f"{rows} {name} of one head need {needed / 2**20:.1f} MiB of VMEM and there are {room / 2**20:.1f}; "
             f"the longest supported is {longest}, or cut the {name} in parts and join the outputs by their lse"
         )
-    return room
+    return (2 if 2 * per_row * rows + fixed <= room else 1), room
 
 
 def vmem_bytes(shape: tuple[int, ...], dtype: Any) -> int:
@@ -189,7 +189,9 @@ def _flat(x: Int[Array, "b h R K"], plan: Plan) -> Int[Array, "b h S 1 rK"]:
     return _tiled(x, plan).reshape(*x.shape[:2], plan.tiles, 1, -1)
 
 
-def walk(counts: Any, plan: Plan, put: Callable[..., None], use: Callable[..., None], opens: Callable[..., Any]) -> None:
+def walk(
+    counts: Any, plan: Plan, put: Callable[..., None], use: Callable[..., None], opens: Callable[..., Any]
+) -> None:
     """Runs `put(buffer, list, start)` an item ahead of `use(buffer, list, start, count, mask)` over all items of a tile.
 
     `start` is the place in the list of an item's first block; those at and after `count` are idle. Items without any block go

@@ -42,8 +42,8 @@ def forward(
     Raises:
       NotImplementedError: blocks that are not multiples of 128, or keys of a head that do not fit in VMEM.
     """
-    plan = tpu_plan.make_plan(index)
     (batch, length, heads, width), dtype = query.shape, query.dtype
+    plan = tpu_plan.make_plan(index, width)
     lists, counts, bank = tpu_plan.tables(index, plan)
     start = jnp.full(heads, LOWEST) if sinks is None else sinks.astype(jnp.float32) * LOG2E
     args = {
@@ -70,7 +70,7 @@ def forward(
         "out": pltpu.VMEM((plan.rows + 1, width, plan.own), jnp.float32),
         "logits": [pltpu.VMEM(squares, jnp.float32)] * 2,
     }
-    specs, params = parts.fit(specs, args, scratch, plan, "keys")
+    specs, params = parts.fit(specs, args, scratch, plan, "keys", width * dtype.itemsize + 32)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, plan=plan, causal=causal, sunk=sinks is not None, offset=index.keys - index.queries),
         grid=(batch, heads, plan.tiles),

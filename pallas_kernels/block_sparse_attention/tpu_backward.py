@@ -69,8 +69,8 @@ def _query_gradient(
     interpret: Any,
     offset: int,
 ) -> Float[Array, "B N H d"]:
-    plan = tpu_plan.make_plan(index)
     (batch, length, heads, width), dtype = query.shape, query.dtype
+    plan = tpu_plan.make_plan(index, width)
     lists, counts, bank = tpu_plan.tables(index, plan)
     key = parts.blocks(key, plan, dtype)
     args = {
@@ -95,7 +95,7 @@ def _query_gradient(
         "logits": [squares] * 2,
         "dweights": [squares] * 2,
     }
-    specs, params = parts.fit(specs, args, scratch, plan, "keys")
+    specs, params = parts.fit(specs, args, scratch, plan, "keys", 4 * width)
     out = pl.pallas_call(
         functools.partial(_query_kernel, plan=plan, causal=causal, offset=offset),
         grid=(batch, heads, plan.tiles),
@@ -183,7 +183,7 @@ def _key_gradients(
     """Gradients of key and value `[B, L, G, d]` and of the bias `[B, L]`, in float32."""
     (batch, _, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
     back = index.transposed()
-    plan = tpu_plan.make_plan(back)
+    plan = tpu_plan.make_plan(back, width)
     lists, counts, bank = tpu_plan.tables(back, plan)
     args = {
         "lists": lists,
@@ -212,7 +212,7 @@ def _key_gradients(
         "logits": [squares] * 2,
         "dweights": [squares] * 2,
     }
-    specs, params = parts.fit(specs, args, scratch, plan, "queries")
+    specs, params = parts.fit(specs, args, scratch, plan, "queries", sum(4 * size for size in sums.values()))
     outs = pl.pallas_call(
         functools.partial(_key_kernel, plan=plan, causal=causal, offset=offset),
         grid=(batch, heads, plan.tiles),

@@ -125,17 +125,21 @@ def which(size: int, heads: int) -> Callable[[Any], Any]:
     return lambda head: head // (heads // size)
 
 
-def fit(specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str) -> tuple[dict[str, Any], Any]:
+def fit(
+    specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str, written: int
+) -> tuple[dict[str, Any], Any]:
     """The specs as they fit in VMEM, and what to ask of the compiler.
 
     The `listed` rows of the next head are fetched while this one is worked, or only at its turn where two do not fit. Heads and
-    batch rows may go to different cores; tiles of one head share its listed rows.
+    batch rows may go to different cores; tiles of one head share its listed rows. A step writes `written` bytes an own row.
 
     Raises:
       NotImplementedError: blocks and scratch do not fit.
     """
-    per_row, fixed = 0, sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(scratch))
-    resident = []
+    fixed = sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(scratch))
+    # Whatever the grid moves a step at a time has two buffers.
+    fixed += 2 * plan.step_rows * written
+    per_row, resident = 0, []
     for name, spec in specs.items():
         if not isinstance(spec, pl.BlockSpec) or spec.memory_space is not None:
             continue
@@ -145,8 +149,7 @@ def fit(specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str)
             resident.append(name)
             per_row += size // plan.listed_length
         else:
-            # Two buffers, and what a step writes has the shape of what it reads.
-            fixed += 4 * size
+            fixed += 2 * size
     buffers, limit = tpu_plan.vmem_limit(per_row, plan.listed_length, fixed, listed)
     if buffers == 1:
         once = {

@@ -32,10 +32,10 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 # A place that a causal mask never reaches, and one that it always cuts.
 NEVER, ALWAYS = 2**30, -(2**30)
 # By the compiler's schedules, 512 rows of the listed side make the products of an item as long as its softmax; 1,024 own rows
-# spread the start and end of a grid step thin. Both stay under 4 MiB of VMEM.
+# spread the start and end of a grid step thin (512 where a head is 256 wide). All of it stays under 10 MiB of VMEM.
 _ITEM_ROWS, _TILE_ROWS, _LARGEST = 512, 1024, 512
 # VMEM when no TPU is there to ask (interpreter), and the share of it that a kernel may plan with.
-_VMEM_BYTES, _VMEM_SHARE = 64 * 2**20, 0.85
+_VMEM_BYTES, _VMEM_SHARE = 64 * 2**20, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Plan:
         return self.own * self.rows
 
 
-def make_plan(index: BlockIndex) -> Plan:
-    """Block sizes for the lists of `index`.
+def make_plan(index: BlockIndex, width: int) -> Plan:
+    """Block sizes for the lists of `index` and heads of `width`.
 
     Raises:
       NotImplementedError: blocks that are not multiples of 128, which is the width of a register.
@@ -87,7 +87,7 @@ def make_plan(index: BlockIndex) -> Plan:
             raise NotImplementedError(f"{name}={size} is not a multiple of {LANES}; the nearest supported is {nearest}")
     own, listed = _working(index.block_q), _working(index.block_k)
     lists = index.query_blocks * (index.block_q // own)
-    tiles = -(-lists * own // max(_TILE_ROWS, own))
+    tiles = -(-lists * own // max(_TILE_ROWS * LANES // max(width, LANES), own))
     width = max(1, _ITEM_ROWS // listed)
     capacity = index.indices.shape[-1] * (index.block_k // listed)
     unit = _matrix_width()

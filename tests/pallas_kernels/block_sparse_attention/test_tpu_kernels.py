@@ -101,7 +101,7 @@ def test_single_blocks_take_the_branch_without_masks_where_they_can(monkeypatch)
     inputs = _inputs(heads=1, queries=256, keys=384)
     sizes = dict(queries=256, keys=384, block_q=BLOCK, block_k=BLOCK)
     index = bsa.from_block_mask(np.ones((1, 1, 2, 3), bool), **sizes)
-    assert tpu_plan.make_plan(index).width == 1
+    assert tpu_plan.make_plan(index, D).width == 1
     _compare(index, True, (), inputs, run=jax.jit(_kernels, static_argnums=3, compiler_options=QUICK))
 
 
@@ -111,7 +111,7 @@ def test_large_blocks_are_worked_in_pieces():
     inputs = _inputs(heads=1, queries=500, keys=640)
     index = bsa.from_rule(lambda i, j: (i + j) % 3 > 0, **sizes)
     arrays = {name: inputs[name] for name in ("query", "key", "value")}
-    plan = tpu_plan.make_plan(index)
+    plan = tpu_plan.make_plan(index, D)
     assert (plan.own, plan.listed, plan.blocks) == (256, 128, 5)
     run = functools.partial(bsa.block_sparse_attention, implementation="interpret", return_lse=True)
     out, lse = jax.jit(run, compiler_options=QUICK)(index=index, **arrays)

@@ -34,8 +34,9 @@ NEVER, ALWAYS = 2**30, -(2**30)
 # By the compiler's schedules, 512 rows of the listed side make the products of an item as long as its softmax; 1,024 own rows
 # spread the start and end of a grid step thin (512 where a head is 256 wide). All of it stays under 10 MiB of VMEM.
 _ITEM_ROWS, _TILE_ROWS, _LARGEST = 512, 1024, 512
-# VMEM when no TPU is there to ask (interpreter), and the share of it that a kernel may plan with.
-_VMEM_BYTES, _VMEM_SHARE = 64 * 2**20, 0.8
+# VMEM when no TPU is there to ask (interpreter), the share of it that blocks and scratch may take, and the share that the
+# compiler gets, which needs the difference for registers that it spills.
+_VMEM_BYTES, _PLANNED, _ASKED = 64 * 2**20, 0.78, 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _matrix_width() -> int:
 
 
 def vmem_limit(per_row: int, rows: int, fixed: int, name: str) -> tuple[int, int]:
-    """How many copies of the rows that lie in VMEM whole fit, 2 or 1, and the bytes of VMEM there are for a kernel.
+    """How many copies of the rows that lie in VMEM whole fit, 2 or 1, and the bytes of VMEM to ask the compiler for.
 
     Args:
       per_row: bytes of each of the `rows` rows; fixed: of everything else; name: of the rows.
@@ -131,14 +132,15 @@ def vmem_limit(per_row: int, rows: int, fixed: int, name: str) -> tuple[int, int
       NotImplementedError: not one copy fits.
     """
     info = _tpu_info()
-    room = int((_VMEM_BYTES if info is None else info.vmem_capacity_bytes) * _VMEM_SHARE)
+    there = _VMEM_BYTES if info is None else info.vmem_capacity_bytes
+    room = int(there * _PLANNED)
     if (needed := per_row * rows + fixed) > room:
         longest = max(0, (room - fixed) // per_row // LANES * LANES)
         raise NotImplementedError(
             f"{rows} {name} of one head need {needed / 2**20:.1f} MiB of VMEM and there are {room / 2**20:.1f}; "
             f"the longest supported is {longest}, or cut the {name} in parts and join the outputs by their lse"
         )
-    return (2 if 2 * per_row * rows + fixed <= room else 1), room
+    return (2 if 2 * per_row * rows + fixed <= room else 1), int(there * _ASKED)
 
 
 def vmem_bytes(shape: tuple[int, ...], dtype: Any) -> int:

@@ -8,7 +8,7 @@ from adaptive.sparsity import patterns
 from adaptive.sparsity.radial import radial
 
 N = 100
-I, J = np.arange(N)[:, None], np.arange(N)[None, :]
+ROW, COLUMN = np.arange(N)[:, None], np.arange(N)[None, :]
 
 
 def _mask(index):
@@ -19,7 +19,8 @@ def _mask(index):
 @pytest.mark.parametrize("causal", [True, False])
 def test_sink_window(sink, window, causal):
     index = patterns.sink_window(N, sink=sink, window=window, causal=causal, block=16)
-    seen = (J <= I) & ((window > I - J) | (sink > J)) if causal else (abs(I - J) < window) | (sink > J)
+    sinks, ahead = sink > COLUMN, COLUMN - ROW
+    seen = ((-window < ahead) | sinks) & (ahead <= 0) if causal else (abs(ahead) < window) | sinks
     np.testing.assert_array_equal(_mask(index), seen)
     assert np.all(_mask(index).diagonal())
 
@@ -32,7 +33,7 @@ def test_a_window_costs_the_same_for_every_length():
 @pytest.mark.parametrize("global_tokens", [0, 1, 17])
 def test_longformer(global_tokens):
     index = patterns.longformer(N, window=20, global_tokens=global_tokens, block=16)
-    seen = (abs(I - J) <= 10) | (global_tokens > I) | (global_tokens > J)
+    seen = (abs(ROW - COLUMN) <= 10) | (global_tokens > ROW) | (global_tokens > COLUMN)
     np.testing.assert_array_equal(_mask(index), seen)
 
 
@@ -46,7 +47,7 @@ def test_bigbird_has_its_window_its_global_and_as_many_random_blocks():
     assert listed[2:18].sum(1).tolist() == [8] * 16
     assert not np.array_equal(listed, patterns.bigbird(64 * 20, seed=4).block_mask()[0, 0])
     np.testing.assert_array_equal(listed, patterns.bigbird(64 * 20, seed=3).block_mask()[0, 0])
-    assert patterns.bigbird(64 * 4, random_blocks=9).density() == 1
+    assert patterns.bigbird(64 * 4, random_blocks=9).counts.tolist() == [[[4] * 4]]
 
 
 @pytest.mark.parametrize(
@@ -100,4 +101,4 @@ def test_blocks_of_pairs_of_frames(decay, distances):
 def test_density_falls_with_frames_and_a_wide_window_sees_all():
     densities = [float(radial(frames, 512).density()) for frames in (4, 8, 16)]
     assert densities == sorted(densities, reverse=True) and densities[-1] < densities[0]
-    assert radial(8, 3840, decay=1e9).density() == 1
+    assert int(radial(8, 3840, decay=1e9).counts.sum()) == 240**2

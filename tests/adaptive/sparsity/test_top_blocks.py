@@ -25,11 +25,13 @@ def _inputs(seed=0):
 
 _top = jax.jit(top_blocks, static_argnums=2, static_argnames=("causal", "shared", "block_q", "block_k"))
 
+_scores = jax.jit(pooled_scores, static_argnames=("causal", "block_q", "block_k"))
+
 
 def test_scores_are_products_of_means_over_what_is_there():
     query, key, _, bias = _inputs()
     bias[0, 4:8] = -np.inf
-    scores = pooled_scores(query, key, key_bias=bias, causal=True, **SIZES)
+    scores = np.asarray(_scores(query, key, key_bias=bias, causal=True, **SIZES))
     for b, h, r, c in np.ndindex(*scores.shape):
         columns = np.arange(4 * c, min(4 * c + 4, L))
         columns = columns[np.isfinite(bias[b, columns])]
@@ -41,7 +43,7 @@ def test_scores_are_products_of_means_over_what_is_there():
         np.testing.assert_allclose(scores[b, h, r, c], expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**16), causal=st.booleans(), shared=st.booleans())
 def test_the_best_are_listed_and_every_query_has_a_key(seed, causal, shared):
     query, key, _, _ = _inputs(seed)
@@ -52,7 +54,7 @@ def test_the_best_are_listed_and_every_query_has_a_key(seed, causal, shared):
         mask = mask & np.tri(N, L, L - N, dtype=bool)
         assert mask.any(-1).all()
         return
-    scores = np.asarray(pooled_scores(query, key, **SIZES))
+    scores = np.asarray(_scores(query, key, **SIZES))
     if shared:
         scores = scores.reshape(B, G, H // G, 3, 8).mean(2)
     listed = np.asarray(index.block_mask())
@@ -62,16 +64,16 @@ def test_the_best_are_listed_and_every_query_has_a_key(seed, causal, shared):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_all_blocks_give_dense_attention_and_the_choice_has_no_gradient(causal):
-    query, key, value, bias = _inputs()
+    *arrays, bias = _inputs()
     options = {"causal": causal, "key_bias": bias}
 
     def sparse(query, key, value):
         index = top_blocks(query, key, 8, **options, **SIZES)
         return block_sparse_attention(query, key, value, index, **options)
 
-    np.testing.assert_allclose(sparse(query, key, value), biased_attention(query, key, value, **options), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(sparse)(*arrays), biased_attention(*arrays, **options), atol=1e-5)
     grads = [
-        jax.grad(lambda *args, function=function: (function(*args) ** 2).sum(), argnums=(0, 1, 2))(query, key, value)
+        jax.jit(jax.grad(lambda *args, function=function: (function(*args) ** 2).sum(), argnums=(0, 1, 2)))(*arrays)
         for function in (sparse, functools.partial(biased_attention, **options))
     ]
     for mine, other in zip(*grads, strict=True):

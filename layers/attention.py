@@ -23,9 +23,12 @@ from pallas_kernels.biased_flash_attention import (
     attention_score_excess,
     biased_attention,
 )
+from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
 
 # Signals that attention can hand out; all but "attention" without a map of all queries by all keys.
 SIGNALS = ("keys", "queries", "values", "cls_attention", "column_sums", "score_excess", "attention")
+# Those that are made from the dense map.
+_OF_THE_MAP = {"cls_attention", "column_sums", "score_excess", "attention"}
 
 
 @flax.struct.dataclass
@@ -101,6 +104,7 @@ class Attention(nn.Module):
         key_bias: Float[Array, "B K"] | None = None,
         bias: Float[Array, "b H Q K"] | None = None,
         causal: bool = False,
+        block_index: BlockIndex | None = None,
         positions: Num[Array, "b Q"] | None = None,
         context_positions: Num[Array, "b K"] | None = None,
         signals: tuple[str, ...] = (),
@@ -112,22 +116,31 @@ class Attention(nn.Module):
           key_bias: `[B, K]` added to the logits of each key: log mass, gate values; -inf removes a key.
           bias: `[1 or B, H, Q, K]` added to the logits.
           causal: queries see no later keys.
+          block_index: blocks of keys that each block of queries attends to; all when None. It takes no `bias` and hands out no
+            signal that is a part of the dense map.
           positions, context_positions: `[B or 1, Q]`, `[B or 1, K]` for rotary embedding; 0, 1, ... when None.
           signals: what to hand out, of `SIGNALS`; other fields of the result are None. Keys, queries and values are means
             over heads, before any rotation. Column sums leave out the queries of removed keys in self-attention, and so
             does the score excess, whose logits are those before `key_bias`.
 
         Raises:
-          ValueError: an unknown signal, a class row under a causal mask, or shapes that do not fit.
+          ValueError: an unknown signal, a class row under a causal mask, a bias or a signal that lists of blocks exclude, or
+            shapes that do not fit.
         """
         _check_signals(signals, causal)
+        if block_index is not None:
+            _check_sparse(signals, bias)
         source = x if context is None else context
         query = self.query(x, self._sizes(x, self.heads))
         key, value = self._keys_values(source)
         turned_query = self._rotate(query, positions)
         turned_key = self._rotate(key, positions if context is None else context_positions)
-        options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": self.softmax, "scale": self.scale}
-        out = biased_attention(turned_query, turned_key, value, implementation=self.implementation, **options)
+        common = {"key_bias": key_bias, "causal": causal, "softmax": self.softmax, "scale": self.scale}
+        options, arrays = {**common, "bias": bias}, (turned_query, turned_key, value)
+        if block_index is None:
+            out = biased_attention(*arrays, implementation=self.implementation, **options)
+        else:
+            out = block_sparse_attention(*arrays, block_index, implementation=self.implementation, **common)
         handed = {
             name: jnp.mean(values, axis=2)
             for name, values in (("keys", key), ("queries", query), ("values", value))
@@ -208,6 +221,15 @@ def _check_signals(signals: tuple[str, ...], causal: bool) -> None:
         raise ValueError(f"attention cannot hand out {unknown}; it has {SIGNALS}")
     if causal and "cls_attention" in signals:
         raise ValueError("cls_attention is the row of token 0, which sees only itself under a causal mask")
+
+
+def _check_sparse(signals: tuple[str, ...], bias: Array | None) -> None:
+    if bias is not None:
+        raise ValueError(f"lists of blocks take a bias on keys (key_bias) and none on pairs; got bias {bias.shape}")
+    if dense := sorted(_OF_THE_MAP & set(signals)):
+        raise ValueError(
+            f"{dense} are parts of the dense map, of which lists of blocks compute a part; ask without block_index"
+        )
 
 
 def _attention_signals(

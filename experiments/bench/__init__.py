@@ -7,8 +7,8 @@ FLOPs imply), `realised` (measured speedup) and `overhead` (the method's own tim
 
 from __future__ import annotations
 
-from experiments.bench import generate, mrt5, tome
+from experiments.bench import block_sparse_attention, generate, mrt5, tome
 
-BENCHES = {"tome": tome, "mrt5": mrt5, "generate": generate}
+BENCHES = {"tome": tome, "mrt5": mrt5, "generate": generate, "block_sparse_attention": block_sparse_attention}
 
 __all__ = ["BENCHES"]

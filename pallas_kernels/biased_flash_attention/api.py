@@ -6,12 +6,27 @@ Shapes: B batch, Q queries, K keys, H heads, G key heads (G divides H), d head w
 
 from __future__ import annotations
 
+import functools
+
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.biased_flash_attention import reference, xla
+from pallas_kernels.biased_flash_attention import reference, tpu, xla
 
 SOFTMAX = ("standard", "off_by_one")
+STATISTICS = ("sum", "max")
+_INTERPRET = {"interpret": pltpu.InterpretParams()}
+_ATTENTION = {
+    "tpu": tpu.biased_attention,
+    "interpret": functools.partial(tpu.biased_attention, **_INTERPRET),
+    "xla": xla.biased_attention,
+}
+_STATISTICS = {
+    "tpu": tpu.attention_column_stats,
+    "interpret": functools.partial(tpu.attention_column_stats, **_INTERPRET),
+    "xla": xla.attention_column_stats,
+}
 
 
 def biased_attention(
@@ -41,16 +56,15 @@ def biased_attention(
 
     Raises:
       ValueError: shapes do not fit, or an unknown `softmax`.
-      NotImplementedError: the named implementation is not there.
+      NotImplementedError: the named implementation is not there or cannot do it: on TPUs there is no `bias`, and the keys of a
+        head (for gradients its queries too) must fit in VMEM.
 
     Source: key bias log(size): Bolya et al. 2023, eq. 1; softmax off by one: Miller 2023, as used by Kallini et al. 2025.
     """
     _check(query, key, value, key_bias, bias, causal, softmax)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": softmax, "scale": scale}
-    return dispatch.call(
-        "biased_attention", {"xla": xla.biased_attention}, implementation, query, key, value, **options
-    )
+    return dispatch.call("biased_attention", _ATTENTION, implementation, query, key, value, **options)
 
 
 def attention_column_stats(
@@ -63,22 +77,25 @@ def attention_column_stats(
     softmax: str = "standard",
     scale: float | None = None,
     query_weight: Float[Array, "B Q"] | None = None,
+    statistic: str = "sum",
     implementation: str | None = None,
 ) -> Float[Array, "B H K"]:
-    """Attention that each key receives, summed over queries weighted by `query_weight [B, Q]`: `[B, H, K]` float32.
+    """Attention that each key receives, times `query_weight [B, Q]`, summed over queries or its "max": `[B, H, K]` float32.
 
-    The map is never held whole: rows are computed, summed and dropped block by block, in the backward pass too. Other
-    arguments and errors are those of `biased_attention`.
+    Weights under "max" must not be negative, so that 0 stands for a key that no query sees.
+    The map is never held whole: rows are computed, summed and dropped block by block, in the backward pass too. The last W
+    rows alone are `query[:, -W:]`, also under a causal mask. Other arguments and errors are those of `biased_attention`;
+    a `statistic` that is neither raises ValueError.
     """
     _check(query, key, None, key_bias, bias, causal, softmax)
     if query_weight is not None and query_weight.shape != query.shape[:2]:
         raise ValueError(f"query_weight must be [B, Q] = {query.shape[:2]}; got {query_weight.shape}")
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic={statistic!r} is not one of {STATISTICS}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": softmax, "scale": scale}
-    options["query_weight"] = query_weight
-    return dispatch.call(
-        "attention_column_stats", {"xla": xla.attention_column_stats}, implementation, query, key, **options
-    )
+    options |= {"query_weight": query_weight, "statistic": statistic}
+    return dispatch.call("attention_column_stats", _STATISTICS, implementation, query, key, **options)
 
 
 def attention_score_excess(

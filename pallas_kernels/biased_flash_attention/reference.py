@@ -53,10 +53,17 @@ def biased_attention(query: Array, key: Array, value: Array, **options: object) 
 
 
 def attention_column_stats(
-    query: Array, key: Array, *, query_weight: Float[Array, "B Q"] | None = None, **options: object
+    query: Array,
+    key: Array,
+    *,
+    query_weight: Float[Array, "B Q"] | None = None,
+    statistic: str = "sum",
+    **options: object,
 ) -> Float[Array, "B H K"]:
-    """Columns of `attention_map` summed over queries, each weighted by `query_weight` (1 when None)."""
+    """Columns of `attention_map` times `query_weight` (1 when None), summed over queries or their maximum."""
     weights = attention_map(query, key, **options)
+    if statistic == "max":
+        return jnp.max(weights if query_weight is None else weights * query_weight[:, None, :, None], axis=2)
     if query_weight is None:
         return jnp.sum(weights, axis=2)
     return jnp.einsum("bhqk,bq->bhk", weights, query_weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

@@ -50,8 +50,9 @@ def attention_column_stats(
     softmax: str,
     scale: float,
     query_weight: Float[Array, "B Q"] | None,
+    statistic: str,
 ) -> Float[Array, "B H K"]:
-    """Weighted column sums, `_QUERY_BLOCK` queries of the map at a time."""
+    """Weighted column sums or maxima, `_QUERY_BLOCK` queries of the map at a time."""
     batch, length, heads, _ = query.shape
     groups, columns = key.shape[2], key.shape[1]
     weight = jnp.ones((batch, length), jnp.float32) if query_weight is None else query_weight.astype(jnp.float32)
@@ -71,6 +72,8 @@ def attention_column_stats(
         weights, total = _exponentials(stacked, keys, key_bias, own_bias, softmax, rows)
         share = piece["weight"][:, None, None, :] / total.reshape(batch, groups, -1, block)
         weights = weights.reshape(*share.shape, columns)
+        if statistic == "max":
+            return jnp.maximum(sums, jnp.max(weights * share[..., None], axis=3)), None
         return sums + jnp.einsum("bgrqk,bgrq->bgrk", weights, share, precision=jax.lax.Precision.HIGHEST), None
 
     sums = jnp.zeros((batch, groups, heads // groups, columns), jnp.float32)

@@ -40,9 +40,10 @@ def test_random_like_has_shapes_dtypes_and_spread():
     [
         ["tome", "--variant=Ti/16", "--image-size=64", "--batch=2", "--r=1", "--repeats=1"],
         ["tome", "--variant=Ti/16", "--image-size=64", "--batch=2", "--r=1", "--repeats=1", "--method=evit"],
+        ["block_sparse_attention", "--length=64", "--block=16", "--width=8", "--density=0.5", "--repeats=1"],
     ],
 )
-def test_the_token_benchmark_prints_the_promised_keys(arguments, capsys, tmp_path):
+def test_a_benchmark_prints_the_promised_keys(arguments, capsys, tmp_path):
     out = tmp_path / "rows.jsonl"
     assert bench.main([*arguments, f"--out={out}"]) == 0
     row = json.loads(capsys.readouterr().out)
@@ -53,6 +54,7 @@ def test_the_token_benchmark_prints_the_promised_keys(arguments, capsys, tmp_pat
 
 def test_a_benchmark_must_be_named(capsys):
     assert bench.main(["--list"]) == 0
-    assert "mrt5" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "mrt5" in listed and "block_sparse_attention" in listed
     with pytest.raises(SystemExit):
         bench.main([])

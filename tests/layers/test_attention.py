@@ -12,6 +12,7 @@ import pytest
 from adaptive.tokens import Signals
 from layers.attention import SIGNALS, Attention, Memory
 from layers.rotary import rotate
+from pallas_kernels.block_sparse_attention import from_block_mask
 
 B, N, D, H = 2, 6, 16, 4
 
@@ -307,3 +308,38 @@ def test_a_row_whose_keys_are_all_removed_is_finite_forward_and_backward(softmax
     np.testing.assert_allclose(out[1].astype(np.float32), want, rtol=1e-2)
     assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(grads))
     assert not np.any(grads[1][1]) and np.all(np.any(grads[1][0], axis=-1))
+
+
+def test_lists_of_blocks_attend_as_the_mask_does():
+    """A bias of -inf on the pairs that no list holds gives the same output and the same gradient of parameters."""
+    x, key_bias = _x(), np.array([[0.0] * 5 + [-np.inf], [0.5] * 6], np.float32)
+    layer = Attention(H, kv_heads=2, softmax="off_by_one")
+    params = _init(layer, x)
+    mask = np.array([[True, False, True], [True, True, False], [False, True, True]])[None, None]
+    index = from_block_mask(mask, queries=N, keys=N, block_q=2, block_k=2)
+    bias = jnp.where(jnp.broadcast_to(index.token_mask(), (1, H, N, N)), 0.0, -jnp.inf)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(params, given, signals):
+        def loss(params):
+            out, handed = layer.apply(params, x, key_bias=key_bias, causal=True, signals=signals, **given)
+            return jnp.sum(out**2), (out, handed)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    grads, (out, handed) = run(params, {"block_index": index}, ("keys", "values"))
+    expected_grads, (expected, expected_handed) = run(params, {"bias": bias}, ("keys", "values"))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(handed.keys, expected_handed.keys, rtol=1e-6)
+    for mine, other in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_lists_of_blocks_take_no_bias_on_pairs_and_hand_out_no_part_of_the_dense_map():
+    index = from_block_mask(np.ones((1, 1, 3, 3), bool), queries=N, keys=N, block_q=2, block_k=2)
+    layer, x = Attention(H), _x()
+    params = _init(layer, x)
+    with pytest.raises(ValueError, match="none on pairs; got bias"):
+        layer.apply(params, x, bias=np.zeros((1, H, N, N), np.float32), block_index=index)
+    with pytest.raises(ValueError, match="'column_sums'.* parts of the dense map"):
+        layer.apply(params, x, block_index=index, signals=("keys", "column_sums"))

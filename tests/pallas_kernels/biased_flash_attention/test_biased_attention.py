@@ -341,5 +341,5 @@ def test_a_mask_that_does_not_fit_is_refused(name):
 @pytest.mark.parametrize("function", [biased_attention, attention_column_stats, attention_score_excess])
 def test_a_missing_implementation_says_what_there_is(function):
     args = [_inputs()[name] for name in ("query", "key", "value") if name in inspect.signature(function).parameters]
-    with pytest.raises(NotImplementedError, match=r"no 'tpu' implementation; there is 'xla'"):
-        function(*args, implementation="tpu")
+    with pytest.raises(NotImplementedError, match=r"no 'gpu' implementation; there is 'tpu', 'interpret', 'xla'"):
+        function(*args, implementation="gpu")

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Biased attention and its column statistics for TPUs: the kernels of block-sparse attention over the list of all blocks.
+
+A dense kernel of its own would do the same work: lists cost a few scalar instructions a block, and a causal mask is the list of
+blocks up to the diagonal. The column statistics are a second pass over the keys, with weights computed again from the
+log-sum-exp of the first, since a weight is only known when its row is done.
+
+Shapes: B batch, Q queries, K keys, H heads, G key heads, d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.biased_flash_attention import xla
+from pallas_kernels.block_sparse_attention import tpu as sparse
+from pallas_kernels.block_sparse_attention import tpu_backward, tpu_plan
+from pallas_kernels.block_sparse_attention import tpu_parts as parts
+from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
+from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
+from pallas_kernels.block_sparse_attention.tpu_plan import LANES, LOG2E, Plan
+
+# Block sizes and the time of a padded row in each, by the compiler's schedules for v5e.
+_BLOCKS = {512: 1.0, 384: 1.0, 256: 1.07, 128: 1.12}
+
+
+def biased_attention(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    value: Float[Array, "B K G d"],
+    *,
+    key_bias: Float[Array, "B K"] | None,
+    bias: Float[Array, "b H Q K"] | None,
+    causal: bool,
+    softmax: str,
+    scale: float,
+    interpret: Any = False,
+) -> Float[Array, "B Q H d"]:
+    """Softmax in float32; products in the dtype of `query` with float32 accumulation.
+
+    Raises:
+      NotImplementedError: a `bias`, values of another width than the keys, or keys that do not fit in VMEM.
+    """
+    _refuse_bias(bias)
+    if value.shape != key.shape:
+        raise NotImplementedError(f"values {value.shape} must be as wide as keys {key.shape}")
+    index = all_blocks(query.shape[1], key.shape[1], causal)
+    return attend(_passes(interpret), causal, scale, query, key, value, index, key_bias, _sinks(query, softmax))[0]
+
+
+def attention_column_stats(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    *,
+    key_bias: Float[Array, "B K"] | None,
+    bias: Float[Array, "b H Q K"] | None,
+    causal: bool,
+    softmax: str,
+    scale: float,
+    query_weight: Float[Array, "B Q"] | None,
+    statistic: str,
+    interpret: Any = False,
+) -> Float[Array, "B H K"]:
+    """Two passes, one for the log-sum-exp of rows and one for the columns; the gradient is that of the plain form.
+
+    Raises:
+      NotImplementedError: a `bias`, or rows of a head that do not fit in VMEM.
+    """
+    _refuse_bias(bias)
+    static = (causal, softmax, scale, statistic, interpret)
+    return _column_stats(static, query, key, key_bias, query_weight)
+
+
+def all_blocks(queries: int, keys: int, causal: bool) -> BlockIndex:
+    """The list of all blocks, or of those up to the diagonal when `causal`, in the block sizes that suit the lengths."""
+    block_q, block_k = (
+        min(_BLOCKS, key=lambda size: -(-length // size) * size * _BLOCKS[size]) for length in (queries, keys)
+    )
+    first = np.arange(-(-keys // block_k))[None, :] * block_k
+    last = np.minimum(np.arange(1, -(-queries // block_q) + 1)[:, None] * block_q, queries) - 1 + keys - queries
+    mask = (first <= last) | (not causal)
+    return from_block_mask(mask[None, None], queries=queries, keys=keys, block_q=block_q, block_k=block_k)
+
+
+def _refuse_bias(bias: Array | None) -> None:
+    if bias is not None:
+        raise NotImplementedError(f"a bias of all queries by all keys, {bias.shape}, has no TPU kernel; key_bias has")
+
+
+def _sinks(query: Array, softmax: str) -> Array | None:
+    return jnp.zeros(query.shape[2]) if softmax == "off_by_one" else None
+
+
+@functools.cache
+def _passes(interpret: Any) -> Passes:
+    """One object for each way to run, as the gradient rule is looked up by it."""
+    forward, backward = sparse.forward, tpu_backward.backward
+    return Passes(*(functools.partial(one, interpret=interpret) for one in (forward, backward)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _column_stats(static: tuple, query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
+    causal, softmax, scale, statistic, interpret = static
+    index = all_blocks(query.shape[1], key.shape[1], causal)
+    options = dict(causal=causal, interpret=interpret)
+    # The output of the first pass is not used; keys stand in for values.
+    _, lse = sparse.forward(query, key, key, index, key_bias, _sinks(query, softmax), scale=scale, **options)
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
+    scaled = (query.astype(jnp.float32) * (scale * LOG2E)).astype(query.dtype)
+    return _columns(scaled, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
+
+
+def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:
+    return _column_stats(static, *args), args
+
+
+def _stats_backward(static: tuple, args: Any, cotangent: Array) -> tuple[Any, ...]:
+    causal, softmax, scale, statistic, _ = static
+
+    def plain(query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
+        options = dict(bias=None, causal=causal, softmax=softmax, scale=scale, statistic=statistic)
+        return xla.attention_column_stats(query, key, key_bias=key_bias, query_weight=query_weight, **options)
+
+    return jax.vjp(plain, *args)[1](cotangent)
+
+
+_column_stats.defvjp(_stats_forward, _stats_backward)
+
+
+def _columns(
+    query: Float[Array, "B Q H d"],
+    key: Float[Array, "B K G d"],
+    index: BlockIndex,
+    key_bias: Float[Array, "B K"] | None,
+    lse: Float[Array, "B H Q"],
+    query_weight: Float[Array, "B Q"] | None,
+    *,
+    causal: bool,
+    statistic: str,
+    interpret: Any,
+) -> Float[Array, "B H K"]:
+    """Statistics of the weights given the log-sum-exp of rows, queries and lse being in base 2."""
+    (batch, rows, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
+    back = index.transposed()
+    plan = tpu_plan.make_plan(back, width)
+    lists, counts, _ = tpu_plan.tables(back, plan)
+    weight = jnp.ones((batch, rows)) if query_weight is None else query_weight.astype(jnp.float32)
+
+    def blocks(x: Array, fill: float) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, plan.listed_length - rows)), constant_values=fill)
+        return x.reshape(*x.shape[:2], plan.blocks, 1, plan.listed)
+
+    args = {
+        "lists": lists,
+        "counts": counts,
+        "key": parts.rows_first(key, plan.own_length, dtype),
+        "query": parts.blocks(query, plan, dtype),
+        # Queries that fill up the last block have no weights.
+        "lse": blocks(lse, jnp.inf),
+        "weight": blocks(weight[:, None], 0.0),
+    }
+    specs = dict(zip(("lists", "counts"), parts.table_specs(back, plan, heads, len(lists)), strict=True))
+    head = parts.which(groups, heads)
+    specs["key"] = pl.BlockSpec((None, None, plan.step_rows, width), lambda i, j, s: (i, head(j), s, 0))
+    specs |= {name: parts.whole(args[name], heads) for name in ("query", "lse", "weight")}
+    if key_bias is not None:
+        args["bias"] = parts.bias_columns(key_bias, length, plan.own_length, plan.step_rows)
+        specs["bias"] = pl.BlockSpec((None, None, plan.step_rows, LANES), lambda i, j, s: (i, s, 0, 0))
+    scratch = {
+        "out": pltpu.VMEM((plan.rows + 1, plan.own, LANES), jnp.float32),
+        "logits": [pltpu.VMEM((plan.own // plan.chunk, plan.width, plan.chunk, plan.listed), jnp.float32)] * 2,
+    }
+    specs, params = parts.fit(specs, args, scratch, plan, "queries", 4 * LANES)
+    out = pl.pallas_call(
+        functools.partial(_kernel, plan=plan, causal=causal, offset=length - rows, statistic=statistic),
+        grid=(batch, heads, plan.tiles),
+        in_specs=[specs],
+        out_specs=parts.rows(plan, LANES),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, plan.own_length, LANES), jnp.float32),
+        scratch_shapes=[scratch],
+        compiler_params=params,
+        cost_estimate=parts.cost(args, plan, batch * heads, 2 * width),
+        interpret=interpret,
+        name="attention_column_stats",
+    )(args)
+    # Each lane holds the queries of its column in all blocks.
+    return (jnp.max if statistic == "max" else jnp.sum)(out[:, :, :length], axis=-1)
+
+
+def _kernel(inputs: Any, out_ref: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int, statistic: str) -> None:
+    step, out = pl.program_id(2), scratch["out"]
+    out[...] = jnp.zeros(out.shape, jnp.float32)
+    chunks = range(0, plan.own, plan.chunk)
+    join = jnp.maximum if statistic == "max" else jnp.add
+
+    def first(row: Any) -> Any:
+        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
+
+    def put(buffer: int, row: Any, start: Any) -> None:
+        for t, place in enumerate(chunks):
+            key = inputs["key"][pl.ds(first(row) + place, plan.chunk), :]
+            for w, number in enumerate(parts.numbers(inputs["lists"][0], plan, row, start)):
+                scratch["logits"][buffer][t, w] = parts.product(key, inputs["query"][number], 1, 1)
+
+    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
+        place = step * plan.step_rows + row * plan.own
+        return parts.limits(plan, [number * plan.listed + offset - place for number in ids], start, count, causal)
+
+    def opens(row: Any, start: Any, count: Any) -> Any:
+        if plan.width > 1:
+            return False
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        return limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
+
+    def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        last = limits(ids, row, start, count)
+        for t, place in enumerate(chunks):
+            total = out[row, pl.ds(place, plan.chunk), :]
+            for w in range(plan.width):
+                for q in range(0, plan.listed, LANES):
+                    columns = pl.ds(q, LANES)
+                    x = scratch["logits"][buffer][t, w, :, columns]
+                    if "bias" in inputs:
+                        x += inputs["bias"][pl.ds(first(row) + place, plan.chunk), :]
+                    x = parts.masked(x, last[w] + q - place) if mask else x
+                    weights = jnp.exp2(x - inputs["lse"][ids[w], :, columns])
+                    total = join(total, weights * inputs["weight"][ids[w], :, columns])
+            out[row, pl.ds(place, plan.chunk), :] = total
+
+    tpu_plan.walk(inputs["counts"], plan, put, use, opens)
+    for row in range(plan.rows):
+        out_ref[pl.ds(row * plan.own, plan.own), :] = out[row]

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward pass of block-sparse attention for TPUs; `tpu_plan` says how lists are walked.
+
+Logits are held as keys x queries: the softmax then reduces over sublanes, with plain vector operations in place of the lane
+shuffles that bound the usual orientation, and the running maximum and sum of a query are a row that broadcasts for free. Values
+come transposed and outputs leave transposed, which the surrounding program joins to its own transpositions of heads.
+
+Shapes: B batch, N queries, L keys, H heads, G key heads, d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.block_sparse_attention import tpu_parts as parts
+from pallas_kernels.block_sparse_attention import tpu_plan
+from pallas_kernels.block_sparse_attention.index import BlockIndex
+from pallas_kernels.block_sparse_attention.tpu_plan import LN2, LOG2E, LOWEST, Plan
+
+
+def forward(
+    query: Float[Array, "B N H d"],
+    key: Float[Array, "B L G d"],
+    value: Float[Array, "B L G d"],
+    index: BlockIndex,
+    key_bias: Float[Array, "B L"] | None,
+    sinks: Float[Array, " H"] | None,
+    *,
+    causal: bool,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N"]]:
+    """Softmax in float32; products in the dtype of `query` with float32 accumulation.
+
+    Raises:
+      NotImplementedError: blocks that are not multiples of 128, or keys of a head that do not fit in VMEM.
+    """
+    (batch, length, heads, width), dtype = query.shape, query.dtype
+    plan = tpu_plan.make_plan(index, width)
+    lists, counts, bank = tpu_plan.tables(index, plan)
+    start = jnp.full(heads, LOWEST) if sinks is None else sinks.astype(jnp.float32) * LOG2E
+    args = {
+        "lists": lists,
+        "counts": counts,
+        "start": start,
+        "query": parts.rows_first(query.astype(jnp.float32) * (scale * LOG2E), plan.own_length, dtype),
+        "key": parts.blocks(key, plan, dtype),
+        "value": jnp.swapaxes(parts.blocks(value, plan, dtype), 3, 4),
+    }
+    list_specs, count_specs = parts.table_specs(index, plan, heads, len(lists))
+    specs = {
+        "lists": list_specs,
+        "counts": count_specs,
+        "start": pl.BlockSpec(memory_space=pltpu.SMEM),
+        "query": parts.rows(plan, width),
+        "key": parts.whole(args["key"], heads),
+        "value": parts.whole(args["value"], heads),
+    }
+    parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
+    squares = (plan.own // plan.chunk, plan.width, plan.listed, plan.chunk)
+    scratch = {
+        "state": pltpu.VMEM((2, plan.rows + 1, 1, plan.own), jnp.float32),
+        "out": pltpu.VMEM((plan.rows + 1, width, plan.own), jnp.float32),
+        "logits": [pltpu.VMEM(squares, jnp.float32)] * 2,
+    }
+    specs, params = parts.fit(specs, args, scratch, plan, "keys", width * dtype.itemsize + 32)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, plan=plan, causal=causal, sunk=sinks is not None, offset=index.keys - index.queries),
+        grid=(batch, heads, plan.tiles),
+        in_specs=[specs],
+        out_specs=[parts.columns(plan, width), parts.columns(plan, 1)],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, width, plan.own_length), dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, plan.own_length), jnp.float32),
+        ],
+        scratch_shapes=[scratch],
+        compiler_params=params,
+        cost_estimate=parts.cost(args, plan, batch * heads, 4 * width),
+        interpret=interpret,
+        name="block_sparse_attention_forward",
+    )(args)
+    return jnp.transpose(out[..., :length], (0, 3, 1, 2)), lse[:, :, 0, :length]
+
+
+def _kernel(
+    inputs: Any, out_ref: Any, lse_ref: Any, scratch: Any, *, plan: Plan, causal: bool, sunk: bool, offset: int
+) -> None:
+    step = pl.program_id(2)
+    state, out, counts = scratch["state"], scratch["out"], inputs["counts"]
+    state[0] = jnp.full(state.shape[1:], inputs["start"][pl.program_id(1)])
+    state[1] = jnp.full(state.shape[1:], 1.0 if sunk else 0.0)
+    out[...] = jnp.zeros(out.shape, jnp.float32)
+    pieces = [pl.ds(t * plan.chunk, plan.chunk) for t in range(plan.own // plan.chunk)]
+
+    def put(buffer: int, row: Any, start: Any) -> None:
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        first = pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
+        for t in range(len(pieces)):
+            query = inputs["query"][pl.ds(first + t * plan.chunk, plan.chunk), :]
+            for w, number in enumerate(ids):
+                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], query, 1, 1)
+
+    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
+        place = step * plan.step_rows + row * plan.own + offset
+        return parts.limits(plan, [place - number * plan.listed for number in ids], start, count, causal)
+
+    def opens(row: Any, start: Any, count: Any) -> Any:
+        # Short blocks are masked in the shadow of the products, and items of several blocks may have idle ones.
+        if plan.width > 1 or "bank" in inputs:
+            return False
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        return limits(ids, row, start, count)[0] >= plan.listed - 1 if causal else True
+
+    def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
+        # Items of the spare list have count 0 and are closed wherever they seem to stand.
+        ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
+        last = limits(ids, row, start, count)
+        # Blocks are worked in squares as wide as the matrix unit, which share one comparison of rows with columns.
+        squares = [
+            (w, pl.ds(k, plan.depth), last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)
+        ]
+        for t, piece in enumerate(pieces):
+            logits = []
+            for w, rows, limit in squares:
+                x = scratch["logits"][buffer][t, w, rows, :]
+                if "bias" in inputs:
+                    x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
+                if "bank" in inputs:
+                    x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
+                logits.append(parts.masked(x, limit + t * plan.chunk) if mask else x)
+            peak = functools.reduce(
+                jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits], state[0, row, :, piece]
+            )
+            shrink = jnp.exp2(state[0, row, :, piece] - peak)
+            weights = [jnp.exp2(x - peak) for x in logits]
+            state[0, row, :, piece] = peak
+            state[1, row, :, piece] = state[1, row, :, piece] * shrink + sum(
+                jnp.sum(x, axis=0, keepdims=True) for x in weights
+            )
+            fresh = [
+                parts.product(inputs["value"][ids[w], :, rows], x.astype(inputs["value"].dtype), 1, 0)
+                for (w, rows, _), x in zip(squares, weights, strict=True)
+            ]
+            out[row, :, piece] = sum(fresh, out[row, :, piece] * shrink)
+
+    tpu_plan.walk(counts, plan, put, use, opens)
+    for row in range(plan.rows):
+        columns = pl.ds(row * plan.own, plan.own)
+        some = state[1, row] > 0
+        total = jnp.where(some, state[1, row], 1.0)
+        out_ref[:, columns] = (out[row] / total).astype(out_ref.dtype)
+        lse_ref[:, columns] = jnp.where(some, (state[0, row] + jnp.log2(total)) * LN2, -jnp.inf)

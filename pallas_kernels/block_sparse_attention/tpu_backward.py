@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward pass of block-sparse attention for TPUs: a kernel over the lists of queries, one over the transposed lists of keys.
+
+Both hold logits as keys x queries, where log-sum-exp and delta of a query are a row, and compute weights again. The kernel of
+queries keeps keys and values of a head in VMEM and sums the gradient of a query block; the kernel of keys keeps queries and
+output gradients and sums those of a key block. No sum crosses grid steps, so nothing depends on their order.
+
+Shapes: B batch, N queries, L keys, H heads, G key heads, d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.block_sparse_attention import tpu_parts as parts
+from pallas_kernels.block_sparse_attention import tpu_plan
+from pallas_kernels.block_sparse_attention.index import BlockIndex
+from pallas_kernels.block_sparse_attention.tpu_plan import LANES, LN2, LOG2E, Plan
+
+
+def backward(
+    query: Float[Array, "B N H d"],
+    key: Float[Array, "B L G d"],
+    value: Float[Array, "B L G d"],
+    index: BlockIndex,
+    key_bias: Float[Array, "B L"] | None,
+    sinks: Float[Array, " H"] | None,
+    lse: Float[Array, "B H N"],
+    delta: Float[Array, "B H N"],
+    dout: Float[Array, "B N H d"],
+    *,
+    causal: bool,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Products in the dtype of `query` with float32 accumulation.
+
+    Raises:
+      NotImplementedError: blocks that are not multiples of 128, or rows of a head that do not fit in VMEM.
+    """
+    options = dict(causal=causal, interpret=interpret, offset=index.keys - index.queries)
+    scaled = (query.astype(jnp.float32) * (scale * LOG2E)).astype(query.dtype)
+    args = (scaled, key, value, index, key_bias, lse * LOG2E, delta, dout)
+    dquery = _query_gradient(*args, **options) * scale
+    dkey, dvalue, dbias = _key_gradients(*args, **options)
+    # The products were with queries in base 2.
+    dkey = dkey * LN2
+    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias
+
+
+def _query_gradient(
+    query: Array,
+    key: Array,
+    value: Array,
+    index: BlockIndex,
+    key_bias: Array | None,
+    lse: Array,
+    delta: Array,
+    dout: Array,
+    *,
+    causal: bool,
+    interpret: Any,
+    offset: int,
+) -> Float[Array, "B N H d"]:
+    (batch, length, heads, width), dtype = query.shape, query.dtype
+    plan = tpu_plan.make_plan(index, width)
+    lists, counts, bank = tpu_plan.tables(index, plan)
+    key = parts.blocks(key, plan, dtype)
+    args = {
+        "lists": lists,
+        "counts": counts,
+        "query": parts.rows_first(query, plan.own_length, dtype),
+        "dout": parts.rows_first(dout, plan.own_length, dtype),
+        "lse": _row(lse, plan.own_length, 0.0),
+        "delta": _row(delta, plan.own_length, 0.0),
+        "key": key,
+        "key_columns": jnp.swapaxes(key, 3, 4),
+        "value": parts.blocks(value, plan, dtype),
+    }
+    specs = dict(zip(("lists", "counts"), parts.table_specs(index, plan, heads, len(lists)), strict=True))
+    specs |= {name: parts.rows(plan, width) for name in ("query", "dout")}
+    specs |= {name: parts.columns(plan, 1) for name in ("lse", "delta")}
+    specs |= {name: parts.whole(args[name], heads) for name in ("key", "key_columns", "value")}
+    parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
+    squares = pltpu.VMEM((plan.own // plan.chunk, plan.width, plan.listed, plan.chunk), jnp.float32)
+    scratch = {
+        "out": pltpu.VMEM((plan.rows + 1, width, plan.own), jnp.float32),
+        "logits": [squares] * 2,
+        "dweights": [squares] * 2,
+    }
+    specs, params = parts.fit(specs, args, scratch, plan, "keys", 4 * width)
+    out = pl.pallas_call(
+        functools.partial(_query_kernel, plan=plan, causal=causal, offset=offset),
+        grid=(batch, heads, plan.tiles),
+        in_specs=[specs],
+        out_specs=parts.columns(plan, width),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, width, plan.own_length), jnp.float32),
+        scratch_shapes=[scratch],
+        compiler_params=params,
+        cost_estimate=parts.cost(args, plan, batch * heads, 6 * width),
+        interpret=interpret,
+        name="block_sparse_attention_query_gradient",
+    )(args)
+    return jnp.transpose(out[..., :length], (0, 3, 1, 2))
+
+
+def _query_kernel(inputs: Any, out_ref: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int) -> None:
+    step, out = pl.program_id(2), scratch["out"]
+    out[...] = jnp.zeros(out.shape, jnp.float32)
+    chunks = range(0, plan.own, plan.chunk)
+
+    def first(row: Any) -> Any:
+        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
+
+    def put(buffer: int, row: Any, start: Any) -> None:
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        for t, place in enumerate(chunks):
+            rows = pl.ds(first(row) + place, plan.chunk)
+            for w, number in enumerate(ids):
+                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], inputs["query"][rows, :], 1, 1)
+                scratch["dweights"][buffer][t, w] = parts.product(
+                    inputs["value"][number], inputs["dout"][rows, :], 1, 1
+                )
+
+    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
+        place = step * plan.step_rows + row * plan.own + offset
+        return parts.limits(plan, [place - number * plan.listed for number in ids], start, count, causal)
+
+    def opens(row: Any, start: Any, count: Any) -> Any:
+        if plan.width > 1 or "bank" in inputs:
+            return False
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        return limits(ids, row, start, count)[0] >= plan.listed - 1 if causal else True
+
+    def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
+        ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
+        last = limits(ids, row, start, count)
+        squares = [(w, k, last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)]
+        for t, place in enumerate(chunks):
+            own = pl.ds(first(row) + place, plan.chunk)
+            lse, delta = inputs["lse"][:, own], inputs["delta"][:, own]
+            fresh = []
+            for w, k, limit in squares:
+                rows = pl.ds(k, plan.depth)
+                x = scratch["logits"][buffer][t, w, rows, :]
+                if "bias" in inputs:
+                    x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
+                if "bank" in inputs:
+                    x += inputs["bank"][tiles[0][w], rows, pl.ds(place, plan.chunk)].astype(jnp.float32)
+                x = parts.masked(x, limit + place) if mask else x
+                dlogits = jnp.exp2(x - lse) * (scratch["dweights"][buffer][t, w, rows, :] - delta)
+                columns = inputs["key_columns"][ids[w], :, rows]
+                fresh.append(parts.product(columns, dlogits.astype(columns.dtype), 1, 0))
+            piece = pl.ds(place, plan.chunk)
+            out[row, :, piece] = sum(fresh, out[row, :, piece])
+
+    tpu_plan.walk(inputs["counts"], plan, put, use, opens)
+    for row in range(plan.rows):
+        out_ref[:, pl.ds(row * plan.own, plan.own)] = out[row]
+
+
+def _key_gradients(
+    query: Array,
+    key: Array,
+    value: Array,
+    index: BlockIndex,
+    key_bias: Array | None,
+    lse: Array,
+    delta: Array,
+    dout: Array,
+    *,
+    causal: bool,
+    interpret: Any,
+    offset: int,
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of key and value `[B, L, G, d]` and of the bias `[B, L]`, in float32."""
+    (batch, _, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
+    back = index.transposed()
+    plan = tpu_plan.make_plan(back, width)
+    lists, counts, bank = tpu_plan.tables(back, plan)
+    args = {
+        "lists": lists,
+        "counts": counts,
+        "key": parts.rows_first(key, plan.own_length, dtype),
+        "value": parts.rows_first(value, plan.own_length, dtype),
+        "query": parts.blocks(query, plan, dtype),
+        "dout": parts.blocks(dout, plan, dtype),
+        # Queries that fill up the last block have no weights.
+        "lse": _row(lse, plan.listed_length, jnp.inf).reshape(batch, heads, plan.blocks, 1, plan.listed),
+        "delta": _row(delta, plan.listed_length, 0.0).reshape(batch, heads, plan.blocks, 1, plan.listed),
+    }
+    own = pl.BlockSpec((None, None, plan.step_rows, width), lambda i, j, s: (i, parts.which(groups, heads)(j), s, 0))
+    specs = dict(zip(("lists", "counts"), parts.table_specs(back, plan, heads, len(lists)), strict=True))
+    specs |= {"key": own, "value": own}
+    specs |= {name: parts.whole(args[name], heads) for name in ("query", "dout", "lse", "delta")}
+    bias = None if key_bias is None else parts.bias_columns(key_bias, length, plan.own_length, plan.step_rows)
+    if bias is not None:
+        args["bias"] = bias
+        specs["bias"] = pl.BlockSpec((None, None, plan.step_rows, LANES), lambda i, j, s: (i, s, 0, 0))
+    parts.add_masks(args, specs, None, None if bank is None else jnp.swapaxes(bank, 1, 2))
+    squares = pltpu.VMEM((plan.own // plan.chunk, plan.width, plan.chunk, plan.listed), jnp.float32)
+    sums = {"key": width, "value": width} | ({} if bias is None else {"bias": LANES})
+    scratch = {
+        "sums": {name: pltpu.VMEM((plan.rows + 1, plan.own, size), jnp.float32) for name, size in sums.items()},
+        "logits": [squares] * 2,
+        "dweights": [squares] * 2,
+    }
+    specs, params = parts.fit(specs, args, scratch, plan, "queries", sum(4 * size for size in sums.values()))
+    outs = pl.pallas_call(
+        functools.partial(_key_kernel, plan=plan, causal=causal, offset=offset),
+        grid=(batch, heads, plan.tiles),
+        in_specs=[specs],
+        out_specs={name: parts.rows(plan, size) for name, size in sums.items()},
+        out_shape={
+            name: jax.ShapeDtypeStruct((batch, heads, plan.own_length, size), jnp.float32)
+            for name, size in sums.items()
+        },
+        scratch_shapes=[scratch],
+        compiler_params=params,
+        cost_estimate=parts.cost(args, plan, batch * heads, 8 * width),
+        interpret=interpret,
+        name="block_sparse_attention_key_gradients",
+    )(args)
+
+    def grouped(x: Float[Array, "B H M d"]) -> Float[Array, "B L G d"]:
+        return jnp.swapaxes(x.reshape(batch, groups, -1, *x.shape[2:]).sum(2)[:, :, :length], 1, 2)
+
+    dbias = None if bias is None else jnp.sum(outs["bias"], axis=(1, 3))[:, :length]
+    return grouped(outs["key"]), grouped(outs["value"]), dbias
+
+
+def _key_kernel(inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int) -> None:
+    step, sums = pl.program_id(2), scratch["sums"]
+    for total in sums.values():
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+    chunks = range(0, plan.own, plan.chunk)
+
+    def first(row: Any) -> Any:
+        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
+
+    def put(buffer: int, row: Any, start: Any) -> None:
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        for t, place in enumerate(chunks):
+            rows = pl.ds(first(row) + place, plan.chunk)
+            for w, number in enumerate(ids):
+                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][rows, :], inputs["query"][number], 1, 1)
+                scratch["dweights"][buffer][t, w] = parts.product(
+                    inputs["value"][rows, :], inputs["dout"][number], 1, 1
+                )
+
+    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
+        place = step * plan.step_rows + row * plan.own
+        return parts.limits(plan, [number * plan.listed + offset - place for number in ids], start, count, causal)
+
+    def opens(row: Any, start: Any, count: Any) -> Any:
+        if plan.width > 1 or "bank" in inputs:
+            return False
+        ids = parts.numbers(inputs["lists"][0], plan, row, start)
+        return limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
+
+    def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
+        ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
+        last = limits(ids, row, start, count)
+        squares = [(w, q, last[w] + q) for w in range(plan.width) for q in range(0, plan.listed, plan.depth)]
+        for t, place in enumerate(chunks):
+            piece = pl.ds(place, plan.chunk)
+            fresh: dict[str, list[Array]] = {name: [] for name in sums}
+            for w, q, limit in squares:
+                columns = pl.ds(q, plan.depth)
+                x = scratch["logits"][buffer][t, w, :, columns]
+                if "bias" in inputs:
+                    x += parts.wide(inputs["bias"][pl.ds(first(row) + place, plan.chunk), :], plan.depth)
+                if "bank" in inputs:
+                    x += inputs["bank"][tiles[0][w], piece, columns].astype(jnp.float32)
+                x = parts.masked(x, limit - place) if mask else x
+                weights = jnp.exp2(x - inputs["lse"][ids[w], :, columns])
+                dlogits = weights * (
+                    scratch["dweights"][buffer][t, w, :, columns] - inputs["delta"][ids[w], :, columns]
+                )
+                queries, douts = inputs["query"][ids[w], columns, :], inputs["dout"][ids[w], columns, :]
+                fresh["key"].append(parts.product(dlogits.astype(queries.dtype), queries, 1, 0))
+                fresh["value"].append(parts.product(weights.astype(douts.dtype), douts, 1, 0))
+                if "bias" in sums:
+                    fresh["bias"] += [dlogits[:, lane : lane + LANES] for lane in range(0, plan.depth, LANES)]
+            for name, added in fresh.items():
+                sums[name][row, piece, :] = sum(added, sums[name][row, piece, :])
+
+    tpu_plan.walk(inputs["counts"], plan, put, use, opens)
+    for name, total in sums.items():
+        for row in range(plan.rows):
+            outs[name][pl.ds(row * plan.own, plan.own), :] = total[row]
+
+
+def _row(x: Float[Array, "B H N"], length: int, fill: float) -> Float[Array, "B H 1 M"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), constant_values=fill)[:, :, None, :]

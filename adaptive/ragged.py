@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptive.tokens import Reduction
+from pallas_kernels import compact as compaction
 
 # --- Compaction ---------------------------------------------------------------------------------------------------
 
@@ -51,12 +52,9 @@ def compact(
         keep &= rank(jnp.where(keep, scores, -jnp.inf)) < capacity
     elif overflow not in ("forbid", "checked"):
         raise ValueError(f"unknown overflow policy {overflow!r}; one of 'forbid', 'best', 'checked'")
-    index = jnp.arange(length, dtype=jnp.int32)
-    packed = jnp.argsort(jnp.where(keep, index, length + index), axis=-1)[:, :capacity].astype(jnp.int32)
-    filled = jnp.arange(capacity) < jnp.sum(keep, axis=-1, keepdims=True)
-    place = jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1
-    assign = jnp.where(keep & (place < capacity), place, -1)
-    return Reduction(jnp.where(filled, packed, -1), assign, (assign >= 0).astype(jnp.float32), merges=False)
+    packing = compaction.pack(keep, capacity)
+    weight = (packing.place >= 0).astype(jnp.float32)
+    return Reduction(packing.source, packing.place, weight, merges=False, packed=True)
 
 
 def rank(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:

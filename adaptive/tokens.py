@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import compact as compaction
+
 # Weighted sums of features accumulate in float32; a TPU would otherwise multiply float32 operands in bfloat16.
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -150,12 +152,15 @@ class Reduction:
       assign: `[B, N]` int32, slot that each token joins; -1 when dropped.
       weight: `[B, N]` float32, coefficient of each token in its slot. A method makes them sum to 1 over a slot.
       merges: static; False when every slot is exactly its head, so that a gather is enough.
+      packed: static; True when the slots are the surviving tokens in their order, empty slots last, so that rows move by
+        compaction, whose gradient is a gather too. Implies that nothing merges.
     """
 
     slots: Int[Array, "B M"]
     assign: Int[Array, "B N"]
     weight: Float[Array, "B N"]
     merges: bool = flax.struct.field(pytree_node=False, default=True)
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def identity(cls, batch: int, length: int) -> Reduction:
@@ -182,6 +187,8 @@ class Reduction:
 
     def reduce(self, values: Array) -> Array:
         """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
+        if self.packed:
+            return compaction.compact(values, self._packing())
         return _combine(self.matrix(), values) if self.merges else _gather(values, self.slots)
 
     def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:
@@ -205,8 +212,13 @@ class Reduction:
         self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None
     ) -> Float[Array, "B N D"]:
         """Every token gets the features of the slot it joined; dropped tokens get `fill [B, N, D]`, or zeros."""
+        if self.packed:
+            return compaction.expand(features, self._packing(), fill)
         restored = _gather(features, self.assign)
         return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)
+
+    def _packing(self) -> compaction.Packing:
+        return compaction.Packing(self.slots, self.assign)
 
     def then(self, second: Reduction | DenseReduction) -> Reduction | DenseReduction:
         """The reduction that does this one and then `second`.

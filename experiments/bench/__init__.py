@@ -7,8 +7,12 @@ FLOPs imply), `realised` (measured speedup) and `overhead` (the method's own tim
 
 from __future__ import annotations
 
-from experiments.bench import mrt5, tome
+from experiments.bench import compact, mrt5, tome
 
-BENCHES = {"tome": tome, "mrt5": mrt5}
+BENCHES = {
+    "tome": tome,
+    "mrt5": mrt5,
+    "compact": compact,
+}
 
 __all__ = ["BENCHES"]

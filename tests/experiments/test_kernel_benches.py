@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel's benchmark prints rows with the promised keys, here at shapes small enough for a test."""
+
+import json
+
+import pytest
+
+from experiments.bench import __main__ as bench
+from pallas_kernels.compact import specs as compact_specs
+
+SMALL = {
+    "compact": (compact_specs, compact_specs.Spec(2, 24, 12, 128, "float32"), {"realised", "copy_share"}),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_kernel_benchmark_prints_the_promised_keys(name, monkeypatch, capsys):
+    module, spec, keys = SMALL[name]
+    monkeypatch.setattr(module, "NAMED", {"small": spec})
+    assert bench.main([name, "--spec=all", "--repeats=2"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {"name", "spec", "shape", "device", "dtype", "implementation", "milliseconds"} | keys <= set(row)
+    assert row["spec"] == "small" and all(row[key] > 0 for key in keys)
+    assert all(median > 0 for _, median, _ in row["milliseconds"].values())

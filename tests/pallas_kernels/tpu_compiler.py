@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles functions for TPUs that are only described: the compiler is in the libtpu wheel and needs no TPU."""
+
+import functools
+import os
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+CHIPS = ("v4", "v5e", "v5p", "v6e")
+# A v4 is described core by core unless told otherwise; users see chips.
+_TOPOLOGIES = {
+    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
+    "v5e": ("v5e:1x1", {}),
+    "v5p": ("v5p:2x2x1", {}),
+    "v6e": ("v6e:1x1", {}),
+    "4 x v5e": ("v5e:2x2", {}),
+}
+
+
+@functools.cache
+def mesh(chip):
+    """A mesh with one automatic axis over the devices of a described machine; one device unless its name says more."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu, which is not installed")
+    # Several test processes may compile at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name, options = _TOPOLOGIES[chip]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    devices = devices if " x " in chip else devices[:1]
+    return Mesh(np.array(devices), ("batch",), axis_types=(AxisType.Auto,))
+
+
+def compile_for(chip, function, *shapes):
+    """The text of `function` compiled for a chip, its arguments split along their first axis over the devices."""
+    split = NamedSharding(mesh(chip), PartitionSpec("batch"))
+    shapes = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=split) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(mesh(chip).abstract_mesh):
+        traced = jax.jit(function).trace(*shapes)
+    return traced.lower(lowering_platforms=("tpu",)).compile().as_text()

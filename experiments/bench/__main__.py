@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         bench.add_arguments(command)
     options = parser.parse_args(argv)
     if options.list:
-        print("\n".join(f"{name:10} {bench.__doc__.strip().splitlines()[0]}" for name, bench in BENCHES.items()))
+        print("\n".join(f"{name:24} {bench.__doc__.strip().splitlines()[0]}" for name, bench in BENCHES.items()))
         return 0
     if not options.name:
         parser.error(f"name a benchmark: {', '.join(BENCHES)}; or --list")

@@ -372,3 +372,25 @@ def test_a_count_that_is_known_and_outside_the_rows_is_refused(count):
 
 def test_a_prefix_of_no_rows_is_empty():
     assert ragged.ragged_prefix(unit, prefix_inputs()[0], jnp.zeros((0, INNER)), 0).shape == (0, OUT)
+
+
+def test_a_staircase_mlp_takes_rows_in_any_order():
+    rng = np.random.default_rng(2)
+    shapes = {"rows": (ROWS, INNER), "up": (INNER, 8), "bias": (8,), "down": (8, OUT)}
+    given_arrays = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    need = rng.integers(0, 5, ROWS)
+
+    def staircase(rows, up, bias, down):
+        stairs = ragged.Staircase.create(jnp.asarray(need), 4)
+        return ragged.ragged_prefix_mlp(rows, stairs, up, bias, down, activation="relu")
+
+    def row_by_row(rows, up, bias, down):
+        hidden = jnp.maximum(rows @ up + bias, 0)
+        return jnp.stack([hidden[row, : 2 * n] @ down[: 2 * n] for row, n in enumerate(need)])
+
+    got, want = (
+        jax.jit(jax.value_and_grad(lambda own, f=f: jnp.sum(f(**own) ** 2)))(given_arrays)
+        for f in (staircase, row_by_row)
+    )
+    for first, second in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)

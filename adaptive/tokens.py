@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import compact as compaction
+from pallas_kernels import merge as merging
 
 # Weighted sums of features accumulate in float32; a TPU would otherwise multiply float32 operands in bfloat16.
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -189,7 +190,9 @@ class Reduction:
         """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
         if self.packed:
             return compaction.compact(values, self._packing())
-        return _combine(self.matrix(), values) if self.merges else _gather(values, self.slots)
+        if self.merges:
+            return merging.merge(values, self.assign, self.weight, self.num_slots)
+        return _gather(values, self.slots)
 
     def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:
         """`mass [B, N]` summed over the tokens of each slot."""
@@ -214,7 +217,7 @@ class Reduction:
         """Every token gets the features of the slot it joined; dropped tokens get `fill [B, N, D]`, or zeros."""
         if self.packed:
             return compaction.expand(features, self._packing(), fill)
-        restored = _gather(features, self.assign)
+        restored = merging.restore(features, self.assign)
         return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)
 
     def _packing(self) -> compaction.Packing:

@@ -7,12 +7,21 @@ FLOPs imply), `realised` (measured speedup) and `overhead` (the method's own tim
 
 from __future__ import annotations
 
-from experiments.bench import compact, mrt5, ragged_prefix_mlp, tome
+from experiments.bench import (
+    bipartite_match,
+    compact,
+    merge,
+    mrt5,
+    ragged_prefix_mlp,
+    tome,
+)
 
 BENCHES = {
     "tome": tome,
     "mrt5": mrt5,
     "compact": compact,
+    "bipartite_match": bipartite_match,
+    "merge": merge,
     "ragged_prefix_mlp": ragged_prefix_mlp,
 }
 

@@ -6,10 +6,14 @@ import json
 import pytest
 
 from experiments.bench import __main__ as bench
+from pallas_kernels.bipartite_match import specs as match_specs
 from pallas_kernels.compact import specs as compact_specs
+from pallas_kernels.merge import specs as merge_specs
 from pallas_kernels.ragged_prefix_mlp import specs as staircase_specs
 
 SMALL = {
+    "bipartite_match": (match_specs, match_specs.Spec(2, 24, 8, "float32"), {"realised"}, ()),
+    "merge": (merge_specs, merge_specs.Spec(2, 24, 20, 128, "float32"), {"realised", "copy_share"}, ()),
     "compact": (compact_specs, compact_specs.Spec(2, 24, 12, 128, "float32"), {"realised", "copy_share"}, ()),
     "ragged_prefix_mlp": (
         staircase_specs,

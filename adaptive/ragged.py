@@ -14,10 +14,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptive.tokens import Reduction
+from pallas_kernels import compact as compaction
+from pallas_kernels import ragged_prefix_mlp as prefix
 
 # --- Compaction ---------------------------------------------------------------------------------------------------
 
@@ -51,12 +52,9 @@ def compact(
         keep &= rank(jnp.where(keep, scores, -jnp.inf)) < capacity
     elif overflow not in ("forbid", "checked"):
         raise ValueError(f"unknown overflow policy {overflow!r}; one of 'forbid', 'best', 'checked'")
-    index = jnp.arange(length, dtype=jnp.int32)
-    packed = jnp.argsort(jnp.where(keep, index, length + index), axis=-1)[:, :capacity].astype(jnp.int32)
-    filled = jnp.arange(capacity) < jnp.sum(keep, axis=-1, keepdims=True)
-    place = jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1
-    assign = jnp.where(keep & (place < capacity), place, -1)
-    return Reduction(jnp.where(filled, packed, -1), assign, (assign >= 0).astype(jnp.float32), merges=False)
+    packing = compaction.pack(keep, capacity)
+    weight = (packing.place >= 0).astype(jnp.float32)
+    return Reduction(packing.source, packing.place, weight, merges=False, packed=True)
 
 
 def rank(scores: Float[Array, "B N"]) -> Int[Array, "B N"]:
@@ -176,9 +174,15 @@ class Staircase:
     @classmethod
     def create(cls, need: Int[Array, " R"], units: int) -> Staircase:
         """The staircase of rows that need `need [R]` units each, in 0..`units`."""
-        order = jnp.argsort(-need, stable=True).astype(jnp.int32)
-        inverse = jnp.argsort(order).astype(jnp.int32)
-        return cls(order, inverse, jnp.sum(need[None, :] > jnp.arange(units)[:, None], axis=1, dtype=jnp.int32))
+        return cls(*prefix.counting_sort(need, units))
+
+    def sort(self, rows: Array) -> Array:
+        """`rows [R, ...]` in the order of the staircase."""
+        return prefix.permute(rows, self.order, self.inverse)
+
+    def unsort(self, rows: Array) -> Array:
+        """Sorted `rows [R, ...]` back where they came from."""
+        return prefix.permute(rows, self.inverse, self.order)
 
 
 def ragged_prefix(
@@ -211,55 +215,25 @@ def ragged_prefix(
     length = rows.shape[0]
     if isinstance(count, int) and not 0 <= count <= length:
         raise ValueError(f"count must lie in 0..{length} (the rows there are); got {count}")
-    tile = max(min(tile, length), 1)
-    # Whole tiles, and one even without rows: a slice cannot be longer than what it is cut from.
-    padded = jnp.pad(rows, ((0, max(-length % tile, tile - length)), (0, 0)))
-    return _ragged_prefix(unit, tile, params, padded, jnp.asarray(count, jnp.int32))[:length]
+    return prefix.prefix_loop(unit, params, rows, count, tile=tile)
 
 
-def _tiles(count: Array, tile: int) -> Array:
-    return (count + tile - 1) // tile
+def ragged_prefix_mlp(
+    rows: Float[Array, "R D"],
+    stairs: Staircase,
+    up: Float[Array, "D U"],
+    bias: Float[Array, " U"],
+    down: Float[Array, "U E"],
+    *,
+    activation: str = "gelu_tanh",
+    implementation: str | None = None,
+) -> Float[Array, "R E"]:
+    """An MLP whose hidden layer is divided into K units, of which each row runs the first that it needs: `[R, E]`.
 
-
-def _live(count: Array, start: Array, tile: int) -> Array:
-    """`[T, 1]` True for rows of the tile at `start` that lie below `count`."""
-    return (start + jnp.arange(tile) < count)[:, None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ragged_prefix(unit, tile, params, rows, count):
-    shape = jax.eval_shape(unit, params, jax.ShapeDtypeStruct((tile, rows.shape[1]), rows.dtype))
-
-    def step(index, out):
-        start = index * tile
-        value = unit(params, jax.lax.dynamic_slice_in_dim(rows, start, tile))
-        value = jnp.where(_live(count, start, tile), value, 0)
-        return jax.lax.dynamic_update_slice_in_dim(out, value, start, 0)
-
-    return jax.lax.fori_loop(0, _tiles(count, tile), step, jnp.zeros((rows.shape[0], shape.shape[1]), shape.dtype))
-
-
-def _ragged_prefix_forward(unit, tile, params, rows, count):
-    return _ragged_prefix(unit, tile, params, rows, count), (params, rows, count)
-
-
-def _ragged_prefix_backward(unit, tile, saved, moved):
-    params, rows, count = saved
-
-    def step(index, carry):
-        param_grads, row_grads = carry
-        start = index * tile
-        _, pull = jax.vjp(unit, params, jax.lax.dynamic_slice_in_dim(rows, start, tile))
-        tile_moved = jax.lax.dynamic_slice_in_dim(moved, start, tile)
-        param_grad, row_grad = pull(jnp.where(_live(count, start, tile), tile_moved, 0))
-        # Sums over tiles stay in float32, whatever the parameters' dtype.
-        param_grads = jax.tree.map(lambda total, g: total + g.astype(total.dtype), param_grads, param_grad)
-        return param_grads, jax.lax.dynamic_update_slice_in_dim(row_grads, row_grad, start, 0)
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
-    param_grads, row_grads = jax.lax.fori_loop(0, _tiles(count, tile), step, (zeros, jnp.zeros_like(rows)))
-    param_grads = jax.tree.map(lambda g, p: g.astype(p.dtype), param_grads, params)
-    return param_grads, row_grads, np.zeros((), jax.dtypes.float0)
-
-
-_ragged_prefix.defvjp(_ragged_prefix_forward, _ragged_prefix_backward)
+    Rows stand in any order; they are sorted by `stairs` for the staircase kernel and put back. Arguments, cost and errors are
+    those of `pallas_kernels.ragged_prefix_mlp`.
+    """
+    out = prefix.ragged_prefix_mlp(
+        stairs.sort(rows), stairs.counts, up, bias, down, activation=activation, implementation=implementation
+    )
+    return stairs.unsort(out)

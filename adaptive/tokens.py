@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import compact as compaction
+from pallas_kernels import merge as merging
+
 # Weighted sums of features accumulate in float32; a TPU would otherwise multiply float32 operands in bfloat16.
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -158,6 +161,8 @@ class Reduction:
       merges: static; False when every slot is exactly its head, so that a gather is enough.
       stands_at_head: static; True when a slot has the coordinates of its head whatever joins it (chunks of a text), and the
         mass of all that joins it even where its features are the head's alone.
+      packed: static; True when the slots are the surviving tokens in their order, empty slots last, so that rows move by
+        compaction, whose gradient is a gather too. Implies that nothing merges.
     """
 
     slots: Int[Array, "B M"]
@@ -165,6 +170,7 @@ class Reduction:
     weight: Float[Array, "B N"]
     merges: bool = flax.struct.field(pytree_node=False, default=True)
     stands_at_head: bool = flax.struct.field(pytree_node=False, default=False)
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def identity(cls, batch: int, length: int) -> Reduction:
@@ -191,7 +197,11 @@ class Reduction:
 
     def reduce(self, values: Array) -> Array:
         """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
-        return _combine(self.matrix(), values) if self.merges else _gather(values, self.slots)
+        if self.packed:
+            return compaction.compact(values, self._packing())
+        if self.merges:
+            return merging.merge(values, self.assign, self.weight, self.num_slots)
+        return _gather(values, self.slots)
 
     def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:
         """`mass [B, N]` summed over the tokens of each slot."""
@@ -217,8 +227,13 @@ class Reduction:
         self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None
     ) -> Float[Array, "B N D"]:
         """Every token gets the features of the slot it joined; dropped tokens get `fill [B, N, D]`, or zeros."""
-        restored = _gather(features, self.assign)
+        if self.packed:
+            return compaction.expand(features, self._packing(), fill)
+        restored = merging.restore(features, self.assign)
         return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)
+
+    def _packing(self) -> compaction.Packing:
+        return compaction.Packing(self.slots, self.assign)
 
     def then(self, second: Reduction | DenseReduction) -> Reduction | DenseReduction:
         """The reduction that does this one and then `second`.

@@ -56,6 +56,17 @@ def _timing(values: list[float]) -> Timing:
     return Timing(statistics.median(values), low, high, len(values))
 
 
+def compiled_call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """A call of the compiled `function` on `arguments`, for `interleaved`."""
+    compiled = jax.jit(function)
+    return lambda: compiled(*arguments)
+
+
+def milliseconds(times: Mapping[str, Timing]) -> dict[str, list[float]]:
+    """`[low, median, high]` of each timing in milliseconds, as rows print them."""
+    return {name: [round(1e3 * value, 3) for value in (t.low, t.median, t.high)] for name, t in times.items()}
+
+
 def random_like(abstract: Any, key: Any, deviation: float = 0.02) -> Any:
     """Arrays of the shapes and dtypes of a tree of `ShapeDtypeStruct`, drawn from Normal(0, deviation): no init is compiled."""
     leaves, tree = jax.tree.flatten(abstract)

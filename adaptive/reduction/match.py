@@ -6,9 +6,10 @@ Shapes: B batch, N tokens, A and K the two sides of a bipartite split, C channel
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from pallas_kernels.bipartite_match import bipartite_match
 
 # Padding joins anything, so that it is the first to go; a real token that has only padding to join is the last.
 _PADDING, _ALONE = 1e20, -1e30
@@ -30,12 +31,10 @@ def best_partner(
 
     Source: Bolya et al. 2023 (ToMe), section 3 and appendix D. Padding is our addition.
     """
-    metric = jax.lax.stop_gradient(metric.astype(jnp.float32))
-    # A zero vector is similar to nothing; dividing it by its norm would give nan.
-    metric *= jax.lax.rsqrt(jnp.maximum(jnp.sum(metric * metric, axis=-1, keepdims=True), 1e-24))
-    scores = jnp.einsum("bac,bkc->bak", metric[:, ::2], metric[:, 1::2], precision=jax.lax.Precision.HIGHEST)
-    scores = jnp.where(valid[:, None, 1::2], scores, _ALONE)
-    scores = jnp.where(valid[:, ::2, None], scores, _PADDING)
+    bias = jnp.where(valid[:, 1::2], 0.0, _ALONE)
+    similarity, partner = bipartite_match(metric[:, ::2], metric[:, 1::2], bias=bias, metric="cosine")
+    similarity = jnp.where(valid[:, ::2], similarity[..., 0], _PADDING)
+    partner = jnp.where(valid[:, ::2], partner[..., 0], 0)
     if cls_token:
-        scores = scores.at[:, 0, :].set(-jnp.inf)
-    return jnp.max(scores, axis=-1), jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        similarity, partner = similarity.at[:, 0].set(-jnp.inf), partner.at[:, 0].set(0)
+    return similarity, partner

@@ -7,8 +7,26 @@ FLOPs imply), `realised` (measured speedup) and `overhead` (the method's own tim
 
 from __future__ import annotations
 
-from experiments.bench import block_sparse_attention, generate, mrt5, tome
+from experiments.bench import (
+    bipartite_match,
+    block_sparse_attention,
+    compact,
+    generate,
+    merge,
+    mrt5,
+    ragged_prefix_mlp,
+    tome,
+)
 
-BENCHES = {"tome": tome, "mrt5": mrt5, "generate": generate, "block_sparse_attention": block_sparse_attention}
+BENCHES = {
+    "tome": tome,
+    "mrt5": mrt5,
+    "generate": generate,
+    "block_sparse_attention": block_sparse_attention,
+    "compact": compact,
+    "bipartite_match": bipartite_match,
+    "merge": merge,
+    "ragged_prefix_mlp": ragged_prefix_mlp,
+}
 
 __all__ = ["BENCHES"]

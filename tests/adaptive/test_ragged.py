@@ -388,3 +388,25 @@ def test_a_ladder_takes_another_reduction_and_what_it_reads():
 
     # Slots 0, 3 and 5 of the reversed row, counted from 1, and 10.
     np.testing.assert_array_equal(jax.jit(run)(keep, keep), [21, 16])
+
+
+def test_a_staircase_mlp_takes_rows_in_any_order():
+    rng = np.random.default_rng(2)
+    shapes = {"rows": (ROWS, INNER), "up": (INNER, 8), "bias": (8,), "down": (8, OUT)}
+    given_arrays = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    need = rng.integers(0, 5, ROWS)
+
+    def staircase(rows, up, bias, down):
+        stairs = ragged.Staircase.create(jnp.asarray(need), 4)
+        return ragged.ragged_prefix_mlp(rows, stairs, up, bias, down, activation="relu")
+
+    def row_by_row(rows, up, bias, down):
+        hidden = jnp.maximum(rows @ up + bias, 0)
+        return jnp.stack([hidden[row, : 2 * n] @ down[: 2 * n] for row, n in enumerate(need)])
+
+    got, want = (
+        jax.jit(jax.value_and_grad(lambda own, f=f: jnp.sum(f(**own) ** 2)))(given_arrays)
+        for f in (staircase, row_by_row)
+    )
+    for first, second in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)

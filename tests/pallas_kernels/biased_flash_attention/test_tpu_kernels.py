@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.biased_flash_attention import api, attention_column_stats, biased_attention, reference, tpu
-from tests.pallas_kernels.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
+from tests.pallas_kernels.tpu_compiler import CHIPS, compile_for
 
 B, Q, K, H, G, D = 1, 130, 200, 2, 1, 8
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -126,8 +126,7 @@ def test_what_the_kernels_cannot_do_is_refused_by_name_and_left_to_the_plain_for
     )
 
 
-@needs_libtpu
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("generation", CHIPS)
 @pytest.mark.parametrize(("length", "heads", "width", "causal"), [(577, 16, 64, False), (2048, 8, 128, True)])
 def test_kernels_compile(length, heads, width, causal, generation):
     array = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.specs import SPECS
-from tests.pallas_kernels.tpu_compiler import TOPOLOGIES, compile_for, needs_libtpu
+from tests.pallas_kernels.tpu_compiler import CHIPS, compile_for
 
 
 def _arguments(spec):
@@ -34,8 +34,7 @@ def _arguments(spec):
     return {name: leaf for name, leaf in arrays.items() if leaf is not None}, index
 
 
-@needs_libtpu
-@pytest.mark.parametrize("generation", TOPOLOGIES)
+@pytest.mark.parametrize("generation", CHIPS)
 @pytest.mark.parametrize("name", SPECS)
 def test_forward_and_backward_compile(name, generation):
     spec = SPECS[name]

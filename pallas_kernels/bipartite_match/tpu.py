@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bipartite matching on the TPU: a running statistic beside the product, as in flash attention.
+
+Similarities of a block are made transposed, right rows down and left rows across, so that the statistic is a maximum down the
+block, which is plain vector work, and its results lie across the lanes as they are stored. Rows enter as they are: bfloat16
+products are exact, and norms enter as factors in float32.
+
+Shapes: B batch, A left rows, K right rows, C channels, S statistics a row.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import vmem
+from pallas_kernels.bipartite_match import reference
+
+# Similarities of a block in float32 are 1 MiB: large enough to hide a step's fixed cost, far below the on-chip memory.
+_BLOCK = 512
+_NONE = 2**30
+
+
+def bipartite_match(
+    left: Float[Array, "B A C"],
+    right: Float[Array, "B K C"],
+    bias: Float[Array, "B K"],
+    *,
+    metric: str,
+    statistic: str,
+    block: int = _BLOCK,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B A S"], Int[Array, "B A S"]]:
+    """The statistic, `block` by `block` similarities at a time."""
+    (batch, rows, channels), columns = left.shape, right.shape[1]
+    _check(left, right, block)
+    left_block, right_block = min(block, rows), min(block, columns)
+    group = _group(batch, max(left_block, right_block), block)
+    left_facts, right_facts = _facts(left, right, bias, metric)
+    kept = 2 if statistic == "best_two" else 1
+    grid = (batch // group, pl.cdiv(rows, left_block), pl.cdiv(columns, right_block))
+    shape = (batch, kept, rows)
+    kernel = functools.partial(_kernel, columns=columns, statistic=statistic)
+    out = pl.BlockSpec((group, kept, left_block), lambda b, i, j: (b, 0, i))
+    value, index = pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((group, left_block, channels), lambda b, i, j: (b, i, 0)),
+            pl.BlockSpec((group, right_block, channels), lambda b, i, j: (b, j, 0)),
+            pl.BlockSpec((group, 2, left_block), lambda b, i, j: (b, 0, i)),
+            pl.BlockSpec((group, 2, right_block), lambda b, i, j: (b, 0, j)),
+        ],
+        out_specs=[out, out],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * batch * rows * columns * channels,
+            bytes_accessed=left.size * left.dtype.itemsize
+            + right.size * right.dtype.itemsize
+            + 8 * batch * kept * rows,
+            transcendentals=0,
+        ),
+        interpret=pltpu.InterpretParams() if interpret else False,
+        name="bipartite_match",
+    )(left, right, left_facts, right_facts)
+    value, index = jnp.swapaxes(value, 1, 2), jnp.swapaxes(index, 1, 2)
+    return value, jnp.zeros_like(index) if statistic == "sum" else jnp.where(jnp.isneginf(value), 0, index)
+
+
+def _group(batch: int, rows: int, block: int) -> int:
+    """Sequences a step: short ones together fill a block, as a step of its own for each costs more than its work."""
+    return max(count for count in range(1, max(block // rows, 1) + 1) if batch % count == 0)
+
+
+def _facts(left: Array, right: Array, bias: Array, metric: str) -> tuple[Float[Array, "B 2 A"], Float[Array, "B 2 K"]]:
+    """Factor and shift of every left and every right row: similarity = product x both factors + both shifts."""
+    left_square, right_square = (reference.square(rows.astype(jnp.float32)) for rows in (left, right))
+    left_factor, right_factor = jnp.ones_like(left_square), jnp.ones_like(right_square)
+    left_shift = jnp.zeros_like(left_square)
+    if metric == "cosine":
+        left_factor, right_factor = (
+            jax.lax.rsqrt(jnp.maximum(square, reference.TINY)) for square in (left_square, right_square)
+        )
+    if metric == "distance":
+        left_factor, left_shift, bias = 2 * left_factor, -left_square, bias - right_square
+    return jnp.stack([left_factor, left_shift], axis=1), jnp.stack([right_factor, bias], axis=1)
+
+
+def _check(left: Array, right: Array, block: int) -> None:
+    if {left.dtype, right.dtype} not in ({jnp.dtype(jnp.float32)}, {jnp.dtype(jnp.bfloat16)}):
+        raise NotImplementedError(
+            f"bipartite_match takes rows both of float32 or both of bfloat16; got {left.dtype} {left.shape} and "
+            f"{right.dtype} {right.shape}"
+        )
+    if 0 in left.shape:
+        raise NotImplementedError(f"bipartite_match needs at least one left row; got {left.shape}")
+    blocks = 4 * vmem.size((block, left.shape[2]), left.dtype)
+    # The product, the similarities, their order and a mask beside each other.
+    vmem.check(
+        "bipartite_match", blocks + 4 * vmem.size((block, block), jnp.float32), "use fewer channels, such as one head's"
+    )
+
+
+def _kernel(left_ref, right_ref, left_facts_ref, right_facts_ref, value_ref, index_ref, *, columns, statistic):
+    start = pl.program_id(2) * right_ref.shape[1]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        value_ref[...] = jnp.full(value_ref.shape, 0.0 if statistic == "sum" else -jnp.inf, jnp.float32)
+        index_ref[...] = jnp.zeros(index_ref.shape, jnp.int32)
+
+    for one in range(left_ref.shape[0]):
+        own, down = left_facts_ref[one], right_facts_ref[one].T
+        scores = _product(right_ref[one], left_ref[one])
+        scores = scores * (down[:, :1] * own[:1]) + down[:, 1:] + own[1:]
+        place = start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        # What lies beyond the array may be anything.
+        scores = jnp.where(place < columns, scores, -jnp.inf)
+        if statistic == "sum":
+            finite = jnp.where(scores == -jnp.inf, 0.0, scores)
+            value_ref[one] += jnp.sum(finite, axis=0, keepdims=True)
+            continue
+        value, index = _best(scores, place)
+        old_value, old_index = value_ref[one], index_ref[one]
+        if statistic == "best":
+            # Strictly better, so that the lower index wins ties.
+            better = value > old_value
+            value_ref[one] = jnp.where(better, value, old_value)
+            index_ref[one] = jnp.where(better, index, old_index)
+            continue
+        second, second_index = _best(jnp.where(place == index, -jnp.inf, scores), place)
+        better = value > old_value[:1]
+        # The loser of the first places stands against the second of the winner's side.
+        rival = jnp.where(better, old_value[:1], value), jnp.where(better, old_index[:1], index)
+        mate = jnp.where(better, second, old_value[1:]), jnp.where(better, second_index, old_index[1:])
+        first = jnp.where(better, value, old_value[:1]), jnp.where(better, index, old_index[:1])
+        # Of equals the older has the lower index: the rival where the new value is first, else the mate.
+        mated = (mate[0] > rival[0]) | ((mate[0] == rival[0]) & ~better)
+        value_ref[one] = jnp.concatenate([first[0], jnp.where(mated, mate[0], rival[0])], axis=0)
+        index_ref[one] = jnp.concatenate([first[1], jnp.where(mated, mate[1], rival[1])], axis=0)
+
+
+def _best(scores: Array, place: Array) -> tuple[Array, Array]:
+    """The largest of each column and the first place where it stands."""
+    value = jnp.max(scores, axis=0, keepdims=True)
+    return value, jnp.min(jnp.where(scores == value, place, _NONE), axis=0, keepdims=True)
+
+
+def _product(right: Array, left: Array) -> Array:
+    """`right left.T` in float32."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    dimensions = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(right, left, dimensions, precision=precision, preferred_element_type=jnp.float32)

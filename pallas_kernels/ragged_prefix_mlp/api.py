@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public functions of the staircase.
+
+Shapes: R rows, D features, K units of equal width, U hidden numbers of all units, E outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.ragged_prefix_mlp import tpu, xla
+from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
+
+_MLP = {
+    "tpu": tpu.ragged_prefix_mlp,
+    "xla": xla.ragged_prefix_mlp,
+    "interpret": functools.partial(tpu.ragged_prefix_mlp, interpret=True),
+}
+_PROJECTION = {
+    "tpu": tpu.ragged_prefix_projection,
+    "xla": xla.ragged_prefix_projection,
+    "interpret": functools.partial(tpu.ragged_prefix_projection, interpret=True),
+}
+
+
+def ragged_prefix_mlp(
+    rows: Float[Array, "R D"],
+    counts: Int[Array, " K"],
+    up: Float[Array, "D U"],
+    bias: Float[Array, " U"],
+    down: Float[Array, "U E"],
+    *,
+    activation: str = "gelu_tanh",
+    implementation: str | None = None,
+) -> Float[Array, "R E"]:
+    """`sum over units k with counts[k] > i of act(rows[i] up_k + bias_k) down_k`, `[R, E]` in the dtype of `rows`.
+
+    Work grows with the sum of the counts: tiles of rows in which a unit has no row are skipped. Products are summed in
+    float32; the backward pass computes the hidden layer again.
+
+    Args:
+      rows: `[R, D]`, those that need most units first; rows past `counts[0]` are not looked at.
+      counts: `[K]` rows that each unit runs on, never rising, in 0..R (traced values cannot be checked).
+      up, bias, down: weights of all units side by side; unit k is columns `k U / K` to `(k + 1) U / K`.
+      activation: "gelu_tanh", "relu" or "silu".
+      implementation: "tpu", "xla", "interpret", or None for the best available. Under several devices call it inside a
+        `shard_map`: rows are sorted among those of one device.
+
+    Raises:
+      ValueError: shapes do not fit, or an unknown activation.
+      NotImplementedError: the named implementation is not there or cannot take the shape.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {tuple(ACTIVATIONS)}")
+    _check(rows, counts, down.shape[0], down)
+    if up.shape != (rows.shape[1], down.shape[0]) or bias.shape != down.shape[:1]:
+        want = (rows.shape[1], down.shape[0])
+        raise ValueError(f"up must be [D, U] = {want} and bias [U]; got {up.shape} and {bias.shape}")
+    return dispatch.call("ragged_prefix_mlp", _MLP, implementation, rows, counts, up, bias, down, activation=activation)
+
+
+def ragged_prefix_projection(
+    rows: Float[Array, "R U"],
+    counts: Int[Array, " K"],
+    down: Float[Array, "U E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R E"]:
+    """`sum over units k with counts[k] > i of rows[i, unit k] down_k`, `[R, E]`: the staircase over one product.
+
+    `rows [R, U]` holds what the units made, side by side (heads of attention, or a hidden layer); other arguments and errors
+    are those of `ragged_prefix_mlp`.
+    """
+    _check(rows, counts, rows.shape[-1], down)
+    return dispatch.call("ragged_prefix_projection", _PROJECTION, implementation, rows, counts, down)
+
+
+def _check(rows: Array, counts: Array, hidden: int, down: Array) -> None:
+    if rows.ndim != 2 or down.ndim != 2 or down.shape[0] != hidden:
+        raise ValueError(f"rows must be [R, .] and down [U, E]; got {rows.shape} and {down.shape} with U = {hidden}")
+    if counts.ndim != 1 or not jnp.issubdtype(counts.dtype, jnp.integer) or hidden % max(counts.shape[0], 1):
+        raise ValueError(
+            f"counts must be integers [K] with K dividing the hidden width {hidden}; got {counts.dtype} {counts.shape}"
+        )

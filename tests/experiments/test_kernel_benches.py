@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel's benchmark prints rows with the promised keys, here at shapes small enough for a test."""
+
+import json
+
+import pytest
+
+from experiments.bench import __main__ as bench
+from pallas_kernels.bipartite_match import specs as match_specs
+from pallas_kernels.compact import specs as compact_specs
+from pallas_kernels.merge import specs as merge_specs
+from pallas_kernels.ragged_prefix_mlp import specs as staircase_specs
+
+SMALL = {
+    "bipartite_match": (match_specs, match_specs.Spec(2, 24, 8, "float32"), {"realised"}, ()),
+    "merge": (merge_specs, merge_specs.Spec(2, 24, 20, 128, "float32"), {"realised", "copy_share"}, ()),
+    "compact": (compact_specs, compact_specs.Spec(2, 24, 12, 128, "float32"), {"realised", "copy_share"}, ()),
+    "ragged_prefix_mlp": (
+        staircase_specs,
+        staircase_specs.Spec(24, 16, 2, 32, "float32"),
+        {"implied", "realised", "realised_gradient", "overhead"},
+        ("--share=0.5",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_kernel_benchmark_prints_the_promised_keys(name, monkeypatch, capsys):
+    module, spec, keys, flags = SMALL[name]
+    monkeypatch.setattr(module, "NAMED", {"small": spec})
+    assert bench.main([name, "--spec=all", "--repeats=2", *flags]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert {"name", "spec", "shape", "device", "dtype", "implementation", "milliseconds"} | keys <= set(row)
+    assert row["spec"] == "small" and all(row[key] > 0 for key in keys)
+    assert all(median > 0 for _, median, _ in row["milliseconds"].values())

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging and restoring: every implementation against loops, with the gradients of rows and weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pallas_kernels.merge import merge, reference, restore, specs, tpu
+from tests.pallas_kernels import tpu_compiler
+
+IMPLEMENTATIONS = ("xla", "interpret")
+BATCH, LENGTH, SLOTS, WIDTH = 2, 13, 7, 130
+ASSIGNS = hnp.arrays(np.int32, (BATCH, LENGTH), elements=st.integers(-1, SLOTS - 1))
+NOBODY = np.full((BATCH, LENGTH), -1, np.int32)
+IN_ONE = np.stack([np.zeros(LENGTH, np.int32), np.full(LENGTH, SLOTS - 1, np.int32)])
+
+
+@functools.cache
+def arrays(dtype="float32", length=LENGTH, slots=SLOTS):
+    rng = np.random.default_rng(0)
+    values, moved = (jnp.asarray(rng.normal(size=(BATCH, n, WIDTH)), dtype) for n in (length, slots))
+    return values, moved, jnp.asarray(rng.random((BATCH, length)), jnp.float32)
+
+
+def loop(values, assign, weight, slots):
+    """Token by token, in float64."""
+    out = np.zeros((BATCH, slots, values.shape[2]))
+    for b, n in np.ndindex(*assign.shape):
+        if assign[b, n] >= 0:
+            out[b, assign[b, n]] += float(weight[b, n]) * np.asarray(values[b, n], np.float64)
+    return out
+
+
+@functools.cache
+def runner(implementation):
+    """Both ways with all gradients, compiled once for each dtype."""
+
+    def run(assign, values, moved, weight):
+        merged, pull = jax.vjp(lambda x, w: merge(x, assign, w, SLOTS, implementation=implementation), values, weight)
+        spread, push = jax.vjp(lambda y: restore(y, assign, implementation=implementation), moved)
+        return merged, *pull(moved), spread, push(values)[0]
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestImplementation:
+    """What every implementation must do."""
+
+    @settings(max_examples=12, deadline=None)
+    @given(assign=ASSIGNS)
+    @example(assign=NOBODY)
+    @example(assign=IN_ONE)
+    def test_equals_a_loop_with_every_gradient(self, implementation, assign):
+        values, moved, weight = arrays()
+        merged, value_gradient, weight_gradient, spread, back = runner(implementation)(assign, values, moved, weight)
+        np.testing.assert_allclose(merged, loop(values, assign, weight, SLOTS), rtol=1e-5, atol=1e-5)
+        own = np.where(
+            assign[..., None] >= 0, np.take_along_axis(np.asarray(moved), np.maximum(assign, 0)[..., None], 1), 0
+        )
+        np.testing.assert_array_equal(spread, own)
+        np.testing.assert_allclose(back, loop(values, assign, np.ones_like(weight), SLOTS), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(value_gradient, own * weight[..., None], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(weight_gradient, (own * values).sum(-1), rtol=1e-5, atol=1e-5)
+
+    def test_bfloat16_is_within_its_rounding_and_a_mean_of_equal_rows_is_that_row(self, implementation):
+        values, moved, weight = arrays("bfloat16")
+        assign = np.random.default_rng(3).integers(-1, SLOTS, (BATCH, LENGTH)).astype(np.int32)
+        merged, _, _, spread, _ = runner(implementation)(assign, values, moved, weight)
+        assert merged.dtype == spread.dtype == jnp.bfloat16
+        want = loop(values.astype(jnp.float32), assign, weight, SLOTS)
+        size = loop(abs(values.astype(jnp.float32)), assign, weight, SLOTS)
+        # Half a unit in the last place (2^-9) each for the weights, for taking their excess out, and for the result.
+        assert np.all(abs(np.asarray(merged, np.float32) - want) <= 3 * 2**-9 * size)
+        equal = jnp.broadcast_to(values[:, :1], values.shape)
+        thirds = jnp.full((BATCH, LENGTH), 1 / 3).at[:, 3:].set(0.0).at[:, 2].set(1 / 3)
+        mean = merge(equal, jnp.zeros_like(assign), thirds, SLOTS, implementation=implementation)
+        np.testing.assert_array_equal(mean[:, 0], values[:, 0])
+
+    def test_other_axes_follow(self, implementation):
+        values = arrays()[0].reshape(BATCH, LENGTH, 2, 65)
+        assign = jnp.asarray(IN_ONE)
+        merged = merge(values, assign, jnp.ones(assign.shape), SLOTS, implementation=implementation)
+        assert merged.shape == (BATCH, SLOTS, 2, 65)
+        np.testing.assert_allclose(merged[1, SLOTS - 1], values[1].sum(0), rtol=1e-5, atol=1e-5)
+        back = restore(merged, assign, implementation=implementation)
+        np.testing.assert_array_equal(
+            back, jnp.broadcast_to(merged[jnp.array([0, 1]), assign[:, 0]][:, None], back.shape)
+        )
+
+
+@functools.cache
+def tiled():
+    def run(assign, values, moved, weight):
+        merged = tpu.merge(values, assign, weight, slots=37, tile=16, interpret=True)
+        return merged, tpu.restore(moved, assign, tile=16, interpret=True)
+
+    return jax.jit(run)
+
+
+@settings(max_examples=5, deadline=None)
+@given(assign=hnp.arrays(np.int32, (BATCH, 45), elements=st.integers(-1, 36)))
+@example(assign=np.tile(np.arange(45, dtype=np.int32) // 2, (BATCH, 1)))
+@example(assign=np.full((BATCH, 45), -1, np.int32))
+def test_the_kernel_crosses_tiles(assign):
+    values, moved, weight = arrays("float32", 45, 37)
+    merged, spread = tiled()(assign, values, moved, weight)
+    np.testing.assert_allclose(merged, reference.merge(values, assign, weight, 37), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(spread, reference.restore(moved, assign))
+
+
+def test_pairs_of_tiles_that_no_token_joins_are_not_live():
+    assign = jnp.array([[0, 1, 5, -1, 4, 4, -1, -1, 8, 0, -1, -1]])
+    np.testing.assert_array_equal(
+        tpu._live(assign, 10, 4)[0], [[True, False, True], [True, True, False], [False, False, True]]
+    )
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "interpret"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((2, 4, 100), jnp.float32, r"at least 128 numbers; got \(2, 4, 100\), the nearest is \(2, 4, 128\)"),
+        ((2, 4, 2100), jnp.float32, r"multiple of 128; got \(2, 4, 2100\), the nearest is \(2, 4, 2176\)"),
+        ((2, 4, 128), jnp.int32, r"takes float32 and bfloat16; got int32 \(2, 4, 128\)"),
+        ((64, 20000, 128), jnp.float32, r"tables of a batch of 64 .* the nearest batch that fits is 5\d"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused_with_the_nearest_shape(implementation, shape, dtype, message):
+    arguments = [jax.ShapeDtypeStruct(shape, dtype)]
+    arguments += [jax.ShapeDtypeStruct(shape[:2], kind) for kind in (jnp.int32, jnp.float32)]
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(lambda x, a, w: merge(x, a, w, shape[1], implementation=implementation), *arguments)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    values, assign = jnp.ones((2, 3, 4)), jnp.zeros((2, 3), jnp.int32)
+    with pytest.raises(ValueError, match=r"assign and weight \[B, N\]; got \(2, 3, 4\), \(2, 3\), \(2, 2\)"):
+        merge(values, assign, jnp.ones((2, 2)), 2)
+    with pytest.raises(ValueError, match=r"at least one slot; got 0"):
+        merge(values, assign, jnp.ones((2, 3)), 0)
+    with pytest.raises(ValueError, match=r"assign \[B, N\]; got \(2, 3, 4\) and \(1, 3\)"):
+        restore(values, assign[:1])
+
+
+def _both_ways(spec):
+    def run(values, assign, weight):
+        merged = merge(values, assign, weight, spec.slots, implementation="tpu")
+        return merged, restore(merged, assign, implementation="tpu")
+
+    shape = (spec.batch, spec.tokens)
+    kinds = [((*shape, spec.width), spec.dtype), (shape, jnp.int32), (shape, jnp.float32)]
+    return run, *(jax.ShapeDtypeStruct(*kind) for kind in kinds)
+
+
+@pytest.mark.parametrize("chip", tpu_compiler.CHIPS)
+@pytest.mark.parametrize("name", specs.NAMED)
+def test_it_compiles_for_every_tpu_both_ways(chip, name):
+    text = tpu_compiler.compile_for(chip, *_both_ways(specs.NAMED[name]))
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
+def test_it_compiles_for_four_chips_without_a_collective():
+    text = tpu_compiler.compile_for("4 x v5e", *_both_ways(specs.NAMED["vit_large_197"]))
+    assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))

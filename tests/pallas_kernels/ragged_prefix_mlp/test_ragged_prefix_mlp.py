@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The staircase: every implementation against masked dense products, and the counting sort that feeds it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pallas_kernels.ragged_prefix_mlp import (
+    counting_sort,
+    permute,
+    ragged_prefix_mlp,
+    ragged_prefix_projection,
+    reference,
+    specs,
+    tpu,
+)
+from tests.pallas_kernels import tpu_compiler
+
+IMPLEMENTATIONS = ("xla", "interpret")
+# Odd numbers of rows and features; 4 units, so that blocks of 128 hidden numbers hold half a unit.
+ROWS, WIDTH, UNITS, HIDDEN, OUTPUTS = 21, 9, 4, 1024, 7
+COUNTS = st.lists(st.integers(0, ROWS), min_size=UNITS, max_size=UNITS).map(lambda c: sorted(c, reverse=True))
+
+
+@functools.cache
+def params(dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = {"rows": (ROWS, WIDTH), "up": (WIDTH, HIDDEN), "bias": (HIDDEN,), "down": (HIDDEN, OUTPUTS)}
+    scales = {"rows": 1.0, "up": WIDTH**-0.5, "bias": 0.5, "down": HIDDEN**-0.5}
+    return {n: jnp.asarray(scales[n] * rng.normal(size=s).astype(np.float32), dtype) for n, s in shapes.items()}
+
+
+@functools.cache
+def moved():
+    return np.random.default_rng(1).normal(size=(ROWS, OUTPUTS)).astype(np.float32)
+
+
+@functools.cache
+def runner(implementation, operation, activation="gelu_tanh"):
+    """Values and all gradients of an operation, compiled once; the reference when the implementation is None."""
+
+    def apply(rows, up, bias, down, counts):
+        if operation == "projection":
+            rows = jnp.tile(rows, (1, HIDDEN // WIDTH + 1))[:, :HIDDEN]
+            arguments, options, name = (rows, counts, down), {}, "ragged_prefix_projection"
+        else:
+            arguments, options = (rows, counts, up, bias, down), {"activation": activation}
+            name = "ragged_prefix_mlp"
+        if implementation is None:
+            return getattr(reference, name)(*arguments, **options)
+        public = {"ragged_prefix_mlp": ragged_prefix_mlp, "ragged_prefix_projection": ragged_prefix_projection}
+        return public[name](*arguments, **options, implementation=implementation)
+
+    def run(counts, rows, up, bias, down):
+        out, pull = jax.vjp(lambda *own: apply(*own, counts), rows, up, bias, down)
+        return {
+            "out": out,
+            **dict(zip(("rows", "up", "bias", "down"), pull(jnp.asarray(moved(), out.dtype)), strict=True)),
+        }
+
+    return jax.jit(run)
+
+
+def run(implementation, operation, counts, dtype="float32", **changes):
+    given_params = params(dtype) | changes
+    activation = given_params.pop("activation", "gelu_tanh")
+    return runner(implementation, operation, activation)(jnp.asarray(counts, jnp.int32), **given_params)
+
+
+@pytest.mark.parametrize("operation", ["mlp", "projection"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestImplementation:
+    """What every implementation must do."""
+
+    @settings(max_examples=5, deadline=None)
+    @given(counts=COUNTS)
+    @example(counts=[0] * UNITS)
+    @example(counts=[ROWS] * UNITS)
+    @example(counts=[ROWS, 8, 0, 0])
+    def test_equals_the_masked_dense_form_with_every_gradient(self, implementation, operation, counts):
+        got, want = run(implementation, operation, counts), run(None, operation, counts)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(got["out"][counts[0] :], 0)
+        np.testing.assert_array_equal(got["rows"][counts[0] :], 0)
+
+    def test_rows_past_every_count_are_not_looked_at(self, implementation, operation):
+        spoiled = params()["rows"].at[13:].set(jnp.nan)
+        got, want = (run(implementation, operation, [13, 9, 9, 1], rows=rows) for rows in (spoiled, params()["rows"]))
+        for name in want:
+            np.testing.assert_array_equal(got[name], want[name])
+
+    def test_bfloat16_keeps_its_dtype_and_sums_in_float32(self, implementation, operation):
+        counts = [ROWS, 17, 8, 0]
+        got, want = run(implementation, operation, counts, "bfloat16"), run(None, operation, counts)
+        for name in want:
+            assert got[name].dtype == jnp.bfloat16
+            np.testing.assert_allclose(got[name].astype(jnp.float32), want[name], rtol=2e-2, atol=6e-2, err_msg=name)
+
+    def test_repeat_runs_are_equal(self, implementation, operation):
+        first, second = (run(implementation, operation, [20, 11, 3, 3]) for _ in range(2))
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", [name for name in reference.ACTIVATIONS if name != "gelu_tanh"])
+def test_every_activation_has_its_gradient(implementation, activation):
+    got, want = (run(who, "mlp", [18, 12, 6, 2], activation=activation) for who in (implementation, None))
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_the_kernel_skips_tiles_and_crosses_them(monkeypatch):
+    monkeypatch.setattr(tpu, "_ROWS", (8,))
+    monkeypatch.setattr(tpu, "_HIDDEN", (128,))
+    counts = jnp.array([21, 10, 8, 1])
+    for operation in ("mlp", "projection"):
+        got = runner.__wrapped__("interpret", operation)(counts, **params())
+        want = run(None, operation, counts)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_steps_without_work_are_the_last_of_their_tile():
+    limits = jnp.repeat(jnp.array([21, 10, 8, 0]), 256)
+    np.testing.assert_array_equal(tpu._live_blocks(limits, 8, 128, 21), [6, 4, 2])
+    np.testing.assert_array_equal(tpu._live_tiles(limits, 8, 128), [3, 3, 2, 2, 1, 1, 0, 0])
+
+
+# --- Sorting ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def sorter(units):
+    return jax.jit(lambda need: counting_sort(need, units))
+
+
+@settings(max_examples=40, deadline=None)
+@given(need=hnp.arrays(np.int32, 13, elements=st.integers(-1, 5)), units=st.sampled_from((1, 4)))
+@example(need=np.zeros(13, np.int32), units=4)
+def test_counting_sort_is_a_stable_sort_by_falling_need(need, units):
+    order, inverse, counts = sorter(units)(need)
+    bounded = np.clip(need, 0, units)
+    np.testing.assert_array_equal(order, np.argsort(-bounded, kind="stable"))
+    np.testing.assert_array_equal(np.asarray(inverse)[order], np.arange(13))
+    np.testing.assert_array_equal(counts, [(bounded > unit).sum() for unit in range(units)])
+    assert order.dtype == inverse.dtype == counts.dtype == jnp.int32
+
+
+def test_permuting_there_and_back_is_nothing_and_gradients_never_scatter():
+    order, inverse, _ = counting_sort(jnp.array([0, 2, 1, 2, 0]), 2)
+    rows = jnp.arange(10.0).reshape(5, 2)
+    np.testing.assert_array_equal(permute(rows, order, inverse), rows[jnp.array([1, 3, 2, 0, 4])])
+    np.testing.assert_array_equal(permute(permute(rows, order, inverse), inverse, order), rows)
+
+    def gradient(moved):
+        return jax.vjp(lambda x: permute(x, order, inverse), rows)[1](moved)[0]
+
+    np.testing.assert_array_equal(gradient(rows), rows[inverse])
+    assert "scatter" not in str(jax.make_jaxpr(gradient)(rows))
+
+
+@pytest.mark.parametrize(
+    ("need", "units", "message"),
+    [
+        (jnp.zeros((2, 3), jnp.int32), 4, r"integers \[R\] .*got int32 \(2, 3\), 4 units"),
+        (jnp.zeros(3), 4, r"got float32 \(3,\)"),
+        (jnp.zeros(3, jnp.int32), 0, r"at least one unit; .*0 units"),
+    ],
+)
+def test_needs_that_cannot_be_sorted_are_refused(need, units, message):
+    with pytest.raises(ValueError, match=message):
+        counting_sort(need, units)
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------------
+
+
+def shapes(rows=ROWS, width=WIDTH, hidden=HIDDEN, outputs=OUTPUTS, units=UNITS, kind=jnp.float32):
+    drawn = [((rows, width), kind), ((units,), jnp.int32), ((width, hidden), kind), ((hidden,), kind)]
+    return [jax.ShapeDtypeStruct(*shape) for shape in [*drawn, ((hidden, outputs), kind)]]
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "interpret"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 1100}, r"at most 512 or a multiple of 128; got 1100, the nearest is 1152"),
+        ({"rows": 0}, r"at least one row; got \(0, 9\)"),
+        ({"kind": jnp.float16}, r"all of float32 or all of bfloat16; got float16"),
+        ({"rows": 2048, "width": 16384, "outputs": 16384}, r"MiB of on-chip memory, more than 13; use narrower rows"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused(implementation, change, message):
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(functools.partial(ragged_prefix_mlp, implementation=implementation), *shapes(**change))
+
+
+@pytest.mark.parametrize(
+    ("position", "shape", "message"),
+    [
+        (0, (ROWS, WIDTH + 1), r"up must be \[D, U\] = \(10, 1024\)"),
+        (1, (5,), r"K dividing the hidden width 1024; got int32 \(5,\)"),
+        (3, (3,), r"bias \[U\]; got \(9, 1024\) and \(3,\)"),
+        (4, (HIDDEN,), r"down \[U, E\]; got \(21, 9\) and \(1024,\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(position, shape, message):
+    arguments = shapes()
+    arguments[position] = jax.ShapeDtypeStruct(shape, arguments[position].dtype)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(ragged_prefix_mlp, *arguments)
+    with pytest.raises(ValueError, match="activation='tanh' is not one of"):
+        jax.eval_shape(functools.partial(ragged_prefix_mlp, activation="tanh"), *shapes())
+
+
+@pytest.mark.parametrize("chip", tpu_compiler.CHIPS)
+@pytest.mark.parametrize("name", specs.NAMED)
+def test_it_compiles_for_every_tpu_with_its_gradients(chip, name):
+    spec = specs.NAMED[name]
+    arguments = shapes(spec.rows, spec.width, spec.hidden, spec.width, spec.units, spec.dtype)
+
+    def both(rows, counts, up, bias, down):
+        def loss(rows, up, bias, down):
+            out = ragged_prefix_mlp(rows, counts, up, bias, down, implementation="tpu")
+            return jnp.sum(ragged_prefix_projection(rows @ up, counts, down, implementation="tpu") + out)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(rows, up, bias, down)
+
+    text = tpu_compiler.compile_for(chip, both, *arguments)
+    # Forward, gradient of rows and gradient of weights of each operation.
+    assert text.count('custom_call_target="tpu_custom_call"') == 6

@@ -258,5 +258,5 @@ def test_lists_of_blocks_take_no_bias_on_pairs_and_hand_out_no_part_of_the_dense
     params = _init(layer, x)
     with pytest.raises(ValueError, match="none on pairs; got bias"):
         layer.apply(params, x, bias=np.zeros((1, H, N, N), np.float32), block_index=index)
-    with pytest.raises(ValueError, match="'column_sums'.* parts of the dense map"):
+    with pytest.raises(ValueError, match=r"'column_sums'.* parts of the dense map"):
         layer.apply(params, x, block_index=index, signals=("keys", "column_sums"))

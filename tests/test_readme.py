@@ -30,10 +30,17 @@ def test_its_examples_run():
     assert scope["logits"].shape == (1, 1000) and scope["aux"]["tokens"][-1].tolist() == [41]
 
 
+def test_its_example_of_an_imported_checkpoint_runs():
+    scope = {"jnp": jnp}
+    exec(BLOCKS[2].replace('"mrt5-small"', repr(str(ROOT / "tests/data/hf/mrt5_small"))), scope)
+    assert scope["logits"].shape[:2] == (1, 1) and scope["generation"].tokens.shape == (1, 32)
+    assert scope["aux"]["delete_gate"].shape == scope["ids"].shape
+
+
 def test_its_example_of_a_new_method_is_complete(monkeypatch):
     monkeypatch.setattr(registry, "_RECORDS", dict(registry._RECORDS))
     scope = {"register": registry.register, "select": select, "jnp": jnp}
-    exec(BLOCKS[2], scope)
+    exec(BLOCKS[3], scope)
     assert "norm_pruning" in registry.names("reduction")
 
 

@@ -29,8 +29,6 @@ _FULL = {
     "batch_size": 128,
 }
 _TUNE = {"optimizer.warmup": 10, "optimizer.peak": 0.01, "log_every": 5}
-# Of the controller, in runs of a few hundred steps.
-_GAINS = {"model.deletion.kp": 0.08}
 # The models of the quick suite: minutes on two CPU cores.
 _SMALL = {
     "model.width": 64,
@@ -84,7 +82,6 @@ SUITES: dict[str, dict[str, Any]] = {
             config="mrt5/continuation.py",
             base={"steps": 800},
             tune={"steps": 150, **_TUNE},
-            learned=_GAINS,
             rates=(0.5, 0.8),
             shown=2,
         ),
@@ -97,7 +94,6 @@ SUITES: dict[str, dict[str, Any]] = {
             config="mrt5/continuation.py",
             base={"steps": 2_000},
             tune={"steps": 200, **_TUNE},
-            learned=_GAINS,
             rates=(0.1, 0.3, 0.5, 0.8),
             shown=4,
             floor={"data.context": 1, "steps": 1_000, "optimizer.peak": 0.03, "optimizer.warmup": 100},
@@ -128,7 +124,6 @@ SUITES: dict[str, dict[str, Any]] = {
             config="mrt5/continuation.py",
             base={"steps": 2_000},
             tune={"steps": 200, **_TUNE},
-            learned=_GAINS,
             rate=0.5,
             layers=(1, 2, 3, 4),
         ),
@@ -141,7 +136,6 @@ SUITES: dict[str, dict[str, Any]] = {
             config="mrt5/spans.py",
             base={"steps": 30_000, **_FULL},
             tune={"steps": 5_000, **_FULL, "optimizer.peak": 0.003},
-            learned={},
             rates=(0.3, 0.4, 0.5, 0.6, 0.7),
             shown=1,
             neighbours=NEIGHBOURS,
@@ -169,7 +163,6 @@ SUITES: dict[str, dict[str, Any]] = {
             config="mrt5/spans.py",
             base={"steps": 30_000, **_FULL},
             tune={"steps": 5_000, **_FULL, "optimizer.peak": 0.003},
-            learned={},
             rate=0.5,
             layers=(1, 2, 3, 4, 5),
         ),

@@ -33,7 +33,7 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     for seed in context.settings["seeds"]:
         for layer in settings["layers"]:
             setup = Setup(
-                f"mrt5_after_layer{layer}", rate, f"gate=mrt5,rate={rate}", {"model.gate_layer": layer, **settings["learned"]}
+                f"mrt5_after_layer{layer}", rate, f"gate=mrt5,rate={rate}", {"model.gate_layer": layer}
             )  # fmt: skip
             rows.append({**runs.row(setup, seed, lambda layer=layer: {"layer": layer}), "method": "mrt5"})
     tables.write(context.results, "placement", TITLE, [*rows, *published.placement()], COLUMNS)

@@ -66,25 +66,24 @@ CONTROL_TITLE = (
 )
 
 
-def deletion_setups(settings: Mapping[str, Any], methods: Iterable[str], rates: Sequence[float]) -> list[Setup]:
-    """A setup for each deletion method at each rate; `settings["learned"]` are overrides for MrT5 alone."""
+def deletion_setups(methods: Iterable[str], rates: Sequence[float]) -> list[Setup]:
+    """A setup for each deletion method at each rate."""
     by_class = {"model.deletion.by_class": True}
-    overrides = {method: by_class | (settings["learned"] if method == "mrt5" else {}) for method in methods}
-    return [Setup(name, rate, f"gate={name},rate={rate}", overrides[name]) for name in methods for rate in rates]
+    return [Setup(method, rate, f"gate={method},rate={rate}", by_class) for method in methods for rate in rates]
 
 
 def setups(settings: Mapping[str, Any]) -> list[Setup]:
     """All settings of the table."""
     dense = [Setup("dense", arg="gate=no_deletion", overrides=UNUSED)]
     if not settings.get("neighbours"):
-        return [*dense, *deletion_setups(settings, DELETIONS, settings["rates"])]
+        return [*dense, *deletion_setups(DELETIONS, settings["rates"])]
     standard = BASES["base_softmax"].overrides
     floor = {**UNUSED, **settings["floor"]} if "floor" in settings else None
     return [
         *dense,
         Setup("dense, standard softmax", arg="gate=no_deletion", overrides=standard, start="base_softmax"),
         *([Setup("decoder only", arg="gate=no_deletion", overrides=floor, start="")] if floor else []),
-        *deletion_setups(settings, DELETIONS, settings["rates"]),
+        *deletion_setups(DELETIONS, settings["rates"]),
         *(
             Setup(method, rate, f"chunker={chunker}", overrides)
             for method, rate, chunker, overrides in settings["neighbours"]
@@ -155,7 +154,7 @@ def _controller(context: Context, runs: Runs, rows: list[dict[str, Any]], settin
     learned = [row for row in rows if row["method"] == "mrt5"]
     tables.write(context.results, "controller", CONTROL_TITLE, learned, CONTROL_COLUMNS, receipts=())
     lines = {}
-    for setup in deletion_setups(settings, ("mrt5",), settings["rates"]):
+    for setup in deletion_setups(("mrt5",), settings["rates"]):
         for seed in context.settings["seeds"]:
             steps, shares = runs.trace(setup, seed, "deleted")
             lines[f"{100 * setup.rate:.0f} %, seed {seed}"] = (steps, [100 * share for share in shares])

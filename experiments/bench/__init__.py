@@ -13,6 +13,7 @@ from experiments.bench import (
     merge,
     mrt5,
     ragged_prefix_mlp,
+    sparse_decode_attention,
     tome,
 )
 
@@ -23,6 +24,7 @@ BENCHES = {
     "bipartite_match": bipartite_match,
     "merge": merge,
     "ragged_prefix_mlp": ragged_prefix_mlp,
+    "sparse_decode_attention": sparse_decode_attention,
 }
 
 __all__ = ["BENCHES"]

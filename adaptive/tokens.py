@@ -162,7 +162,7 @@ class Reduction:
       stands_at_head: static; True when a slot has the coordinates of its head whatever joins it (chunks of a text), and the
         mass of all that joins it even where its features are the head's alone.
       packed: static; True when the slots are the surviving tokens in their order, empty slots last, so that rows move by
-        compaction, whose gradient is a gather too. Implies that nothing merges.
+        compaction, whose gradient is a gather too. It has no say where `merges` is True.
     """
 
     slots: Int[Array, "B M"]
@@ -197,10 +197,10 @@ class Reduction:
 
     def reduce(self, values: Array) -> Array:
         """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
-        if self.packed:
-            return compaction.compact(values, self._packing())
         if self.merges:
             return merging.merge(values, self.assign, self.weight, self.num_slots)
+        if self.packed:
+            return compaction.compact(values, self._packing())
         return _gather(values, self.slots)
 
     def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:

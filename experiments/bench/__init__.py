@@ -15,6 +15,7 @@ from experiments.bench import (
     merge,
     mrt5,
     ragged_prefix_mlp,
+    sparse_decode_attention,
     tome,
 )
 
@@ -27,6 +28,7 @@ BENCHES = {
     "bipartite_match": bipartite_match,
     "merge": merge,
     "ragged_prefix_mlp": ragged_prefix_mlp,
+    "sparse_decode_attention": sparse_decode_attention,
 }
 
 __all__ = ["BENCHES"]

@@ -28,6 +28,7 @@ def scores(seed, length=LENGTH, spread=2.0):
 # --- Straight through ---------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1, width=32)), min_size=4, max_size=4))
 def test_straight_through_is_the_hard_value_exactly_with_the_gradient_of_the_soft_one(pairs):
     hard, soft = np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs], np.float32)

@@ -10,6 +10,7 @@ from pallas_kernels.bipartite_match import specs as match_specs
 from pallas_kernels.compact import specs as compact_specs
 from pallas_kernels.merge import specs as merge_specs
 from pallas_kernels.ragged_prefix_mlp import specs as staircase_specs
+from pallas_kernels.sparse_decode_attention import specs as decode_specs
 
 SMALL = {
     "bipartite_match": (match_specs, match_specs.Spec(2, 24, 8, "float32"), {"realised"}, ()),
@@ -20,6 +21,12 @@ SMALL = {
         staircase_specs.Spec(24, 16, 2, 32, "float32"),
         {"implied", "realised", "realised_gradient", "overhead"},
         ("--share=0.5",),
+    ),
+    "sparse_decode_attention": (
+        decode_specs,
+        decode_specs.Spec(2, 4, 2, 8, 6, 8, 3, "float32"),
+        {"implied", "realised", "copy_share"},
+        (),
     ),
 }
 

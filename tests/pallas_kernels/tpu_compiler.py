@@ -34,7 +34,7 @@ def mesh(chip):
 
 
 def compile_for(chip, function, *shapes):
-    """The text of `function` compiled for a chip, its arguments split along their first axis over the devices."""
+    """`function` compiled for a chip, its arguments split along their first axis over the devices: `(lowered, compiled)`."""
 
     def placed(shape):
         axes = PartitionSpec("batch") if shape.ndim else PartitionSpec()
@@ -43,4 +43,21 @@ def compile_for(chip, function, *shapes):
     shapes = jax.tree.map(placed, shapes)
     with jax.sharding.use_abstract_mesh(mesh(chip).abstract_mesh):
         traced = jax.jit(function).trace(*shapes)
-    return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    return lowered, lowered.compile()
+
+
+def kernels(chip, function, *shapes):
+    """How many kernels the compiled function calls (counted before compilation: the text after it cannot always be printed)."""
+    lowered, _ = compile_for(chip, function, *shapes)
+    return lowered.as_text().count("@tpu_custom_call")
+
+
+def collectives(chip, function, *shapes):
+    """Kinds of collectives in the compiled function."""
+    text = compile_for(chip, function, *shapes)[1].as_text()
+    return [
+        kind
+        for kind in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+        if kind in text
+    ]

@@ -191,7 +191,9 @@ def test_it_compiles_for_every_tpu(chip, name):
     def run(left, right):
         return [bipartite_match(left, right, statistic=kind, implementation="tpu") for kind in STATISTICS]
 
-    text = tpu_compiler.compile_for(chip, run, *_arguments(specs.NAMED[name]))
-    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    left, right = _arguments(specs.NAMED[name])
+    lowered, _ = tpu_compiler.compile_for(chip, run, left, right)
+    text = lowered.as_text()
+    assert text.count("@tpu_custom_call") == 3
     # Nothing of the size of all similarities is ever in memory.
-    assert f"{specs.NAMED[name].tokens // 2},{(specs.NAMED[name].tokens + 1) // 2}]" not in text
+    assert f"{right.shape[1]}x{left.shape[1]}x" not in text and f"{left.shape[1]}x{right.shape[1]}x" not in text

@@ -234,6 +234,5 @@ def test_it_compiles_for_every_tpu_with_its_gradients(chip, name):
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(rows, up, bias, down)
 
-    text = tpu_compiler.compile_for(chip, both, *arguments)
     # Forward, gradient of rows and gradient of weights of each operation.
-    assert text.count('custom_call_target="tpu_custom_call"') == 6
+    assert tpu_compiler.kernels(chip, both, *arguments) == 6

@@ -3,8 +3,13 @@
 
 import gc
 
+import hypothesis
 import jax
 import pytest
+
+# An example that compiles takes as long as the machine is busy.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="module", autouse=True)

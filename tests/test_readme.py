@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 def test_its_tables_are_the_result_files():
     assert readme.render(TEXT, epath.Path(ROOT / "results")) == TEXT
-    assert TEXT.count("<!-- table:") == 3
+    assert TEXT.count("<!-- table:") == 4
 
 
 def test_its_examples_run():

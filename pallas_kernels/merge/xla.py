@@ -25,12 +25,14 @@ def merge(
 
 
 def _segments(values: Array, assign: Array, weight: Array, slots: int) -> Array:
-    batch = jnp.arange(values.shape[0])[:, None]
-    # Tokens that join no slot aim past the end and are dropped.
-    place = jnp.where(assign >= 0, assign, slots)
-    total = jnp.zeros((values.shape[0], slots, values.shape[2]), jnp.float32)
-    total = total.at[batch, place].add(values.astype(jnp.float32) * weight[..., None], mode="drop")
-    return total.astype(values.dtype)
+    def one(values: Array, assign: Array, weight: Array) -> Array:
+        # Tokens that join no slot aim past the end and are dropped.
+        place = jnp.where(assign >= 0, assign, slots)
+        total = jnp.zeros((slots, values.shape[1]), jnp.float32)
+        return total.at[place].add(values.astype(jnp.float32) * weight[:, None], mode="drop")
+
+    # Mapped, so that the partitioner sees rows that have nothing to do with each other; indexed by row, it adds over devices.
+    return jax.vmap(one)(values, assign, weight).astype(values.dtype)
 
 
 def restore(values: Float[Array, "B M D"], assign: Int[Array, "B N"]) -> Float[Array, "B N D"]:

@@ -80,7 +80,7 @@ def test_a_text_longer_than_the_ladder_gets_a_rung_of_its_own(workdir, capsys):
 
 
 def test_a_model_of_span_corruption_gets_its_input_ended(tmp_path, capsys, monkeypatch):
-    config = apply_overrides(spans.get_config("runlocal"), {"model.encoder_layers": 1})
+    config = apply_overrides(spans.get_config("runlocal"), {"model.encoder_layers": 1, "model.chunk_layer": 1})
     (tmp_path / "config.json").write_text(config.to_json())
     monkeypatch.setattr(evaluate, "restore", lambda directory, config, program, step: (zeros(program.state.params), 7))
     (record,) = run(capsys, tmp_path, "--text=abc", "--max-length=1")

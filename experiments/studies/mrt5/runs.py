@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,8 +46,9 @@ class Setup:
 
     @property
     def name(self) -> str:
-        """Of its group of rows, and of its runs."""
-        return self.method if self.rate is None else f"{self.method}-{self.rate:g}"
+        """Of its group of rows, and of its runs: a directory name that no shell has to quote."""
+        method = re.sub(r"[^\w=.]+", "_", self.method)
+        return method if self.rate is None else f"{method}-{self.rate:g}"
 
 
 @dataclasses.dataclass(frozen=True)

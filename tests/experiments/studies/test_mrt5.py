@@ -55,6 +55,9 @@ def test_methods_are_compared_at_the_length_that_mrt5_left():
     assert found["lower"] == "seed 0: no"
     (found,) = trade_off.equal_length([*rows[:3], _row("fixed_deletion", 0.4, 2.4)])
     assert found["lower"] == "seed 0: yes"
+    # Fixed deletion leaves no less than half here: nothing is made up for less.
+    (found,) = trade_off.equal_length([*rows[:3], _row("fixed_deletion", 0.5, 2.2)])
+    assert found["fixed_deletion"] == trade_off.BEYOND and found["lower"] == "seed 0: yes"
 
 
 def test_rows_by_language_stand_side_by_side_with_their_mean():

@@ -27,7 +27,7 @@ TINY = {
     "model.gate_layer": 1,
     "data.inputs_length": 32,
     "model.rungs": (16, 32),
-    "batch_size": 4,
+    "batch_size": 16,
 }
 QUICK = {"xla_backend_optimization_level": "0"}
 

@@ -36,6 +36,8 @@ def bench_summary(results: epath.Path) -> None:
     for path in sorted((results / "bench").glob("*.jsonl")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
+            if "density" in row:
+                row["shape"] += f", density {row['density']:g}"
             newest[row["name"], row["shape"], row.get("part"), row["device"], row["dtype"]] = row
     if newest:
         body = [[row.get(column, "-") for column in BENCH_COLUMNS] for row in newest.values()]

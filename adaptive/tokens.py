@@ -153,8 +153,8 @@ class Reduction:
       assign: `[B, N]` int32, slot that each token joins; -1 when dropped.
       weight: `[B, N]` float32, coefficient of each token in its slot. A method makes them sum to 1 over a slot.
       merges: static; False when every slot is exactly its head, so that a gather is enough.
-      packed: static; True when the slots are the surviving tokens in their order, empty slots last, so that rows move by
-        compaction, whose gradient is a gather too. Implies that nothing merges.
+      packed: static; True when the slots are the surviving tokens in their order, empty slots last: where nothing merges, rows
+        then move by compaction, whose gradient is a gather too.
     """
 
     slots: Int[Array, "B M"]
@@ -188,10 +188,10 @@ class Reduction:
 
     def reduce(self, values: Array) -> Array:
         """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
-        if self.packed:
-            return compaction.compact(values, self._packing())
         if self.merges:
             return merging.merge(values, self.assign, self.weight, self.num_slots)
+        if self.packed:
+            return compaction.compact(values, self._packing())
         return _gather(values, self.slots)
 
     def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:
@@ -215,7 +215,7 @@ class Reduction:
         self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None
     ) -> Float[Array, "B N D"]:
         """Every token gets the features of the slot it joined; dropped tokens get `fill [B, N, D]`, or zeros."""
-        if self.packed:
+        if self.packed and not self.merges:
             return compaction.expand(features, self._packing(), fill)
         restored = merging.restore(features, self.assign)
         return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)

@@ -227,7 +227,7 @@ class Reduction:
         self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None
     ) -> Float[Array, "B N D"]:
         """Every token gets the features of the slot it joined; dropped tokens get `fill [B, N, D]`, or zeros."""
-        if self.packed:
+        if self.packed and not self.merges:
             return compaction.expand(features, self._packing(), fill)
         restored = merging.restore(features, self.assign)
         return restored if fill is None else jnp.where(self.assign[..., None] >= 0, restored, fill)

@@ -410,3 +410,11 @@ def test_a_staircase_mlp_takes_rows_in_any_order():
     )
     for first, second in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compaction_with_other_weights_obeys_them():
+    reduction = ragged.compact(jnp.array([[True, False, True]]), 2, overflow="checked")
+    scaled = reduction.replace(weight=reduction.weight * jnp.array([[0.5, 1, 3]]), merges=True)
+    rows = jnp.array([[[1.0], [2], [4]]])
+    np.testing.assert_array_equal(scaled.reduce(rows)[0, :, 0], [0.5, 12])
+    np.testing.assert_array_equal(scaled.restore(scaled.reduce(rows))[0, :, 0], [0.5, 0, 12])

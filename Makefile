@@ -26,7 +26,7 @@ reproduce: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m ruff check .

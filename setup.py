@@ -33,6 +33,7 @@ EXTRAS = {
     "test": [
         "pytest>=9.0",
         "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
         "hypothesis>=6.150",
         "ruff>=0.15",
         "nbclient>=0.11",

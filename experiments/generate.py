@@ -6,8 +6,8 @@
     python -m experiments.generate --workdir=runs/mrt5 --file=notes.txt --max-length=64 --show-deleted
     cat notes.txt | python -m experiments.generate --workdir=runs/mrt5 --file=- --deletion=none --json
 
-Texts are bytes: whatever a file holds is read, and what a model emits is shown with escapes where it is no UTF-8. A model of
-span corruption gets its input ended as in training, and emits the missing spans, each behind its sentinel (a top byte).
+Texts are bytes: whatever a file holds is read, and what a model emits is shown with escapes where it is no UTF-8. The input is
+ended as in training. A model of span corruption emits the missing spans, each behind its sentinel (a top byte).
 `--json` prints one object a text, with the exact bytes in hexadecimal.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from experiments import evaluate, tasks, train
-from experiments.data import byte_vocab, resolve
+from experiments.data import byte_vocab
 from layers.generation import generate_t5
 
 DELETIONS = ("hard", "soft", "none")
@@ -66,8 +66,8 @@ def generate(
     task = tasks.build(config)
     if not isinstance(task, tasks.Seq2Seq):
         raise ValueError(f"only the task seq2seq generates text; {workdir} is a run of {config.task!r}")
-    mode = _mode(task, deletion)
-    ids = _inputs(texts, task.inputs_length, ends=resolve(config.data).objective == "span_corruption")
+    mode = deletion_mode(task, deletion)
+    ids = _inputs(texts, task.inputs_length)
     lengths = {"input_ids": task.inputs_length, "decoder_input_ids": task.targets_length}
     shapes = {name: jax.ShapeDtypeStruct((1, length), jnp.int32) for name, length in lengths.items()}
     program = train.build_program(config, task, shapes)
@@ -99,7 +99,7 @@ def generate(
     ]
 
 
-def _mode(task: tasks.Seq2Seq, deletion: str | None) -> str | None:
+def deletion_mode(task: tasks.Seq2Seq, deletion: str | None) -> str | None:
     """What `deletion` means for the model of a run."""
     if deletion not in (None, *DELETIONS):
         raise ValueError(f"deletion={deletion!r}; one of {', '.join(DELETIONS)}")
@@ -113,11 +113,11 @@ def _mode(task: tasks.Seq2Seq, deletion: str | None) -> str | None:
     return chosen if chosen in ("hard", "soft") else None
 
 
-def _inputs(texts: list[bytes], length: int, *, ends: bool) -> np.ndarray:
-    """Ids `[B, N]`, padded to the length of training or to that of the longest text."""
+def _inputs(texts: list[bytes], length: int) -> np.ndarray:
+    """Ids `[B, N]`, each row ended by eos as in training, padded to the length of training or to that of the longest row."""
     if not texts or not all(texts):
         raise ValueError("there is nothing to read: give at least one --text or --file, none of them empty")
-    rows = [byte_vocab.encode(text, eos=ends) for text in texts]
+    rows = [byte_vocab.encode(text, eos=True) for text in texts]
     ids = np.full((len(rows), max(length, *map(len, rows))), byte_vocab.PAD, np.int32)
     for row, own in zip(ids, rows, strict=True):
         row[: len(own)] = own

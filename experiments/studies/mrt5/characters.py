@@ -42,7 +42,7 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
         dense = f"{arg},gate=no_deletion"
         bases = {"base": Setup("base", arg=dense, overrides=UNUSED, start="")}
         folder = task.replace(" ", "_")
-        runs = Runs(context, folder, chosen["config"], bases, chosen["base"], chosen["tune"])
+        runs = Runs.of(context, folder, {**settings, **chosen}, bases)
         setups = [
             Setup("dense", arg=dense, overrides=UNUSED),
             *(Setup(method, rate, f"{arg},gate={method},rate={rate}") for method in METHODS),

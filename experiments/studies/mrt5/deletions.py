@@ -35,7 +35,7 @@ def _percent(share: float) -> float | str:
 
 def run(context: Context, settings: Mapping[str, Any]) -> None:
     """Writes the table of deleted bytes by class and the picture, both at the middle rate of the trade-off."""
-    runs = Runs(context, "trade_off", settings["config"], BASES, settings["base"], settings["tune"])
+    runs = Runs.of(context, "trade_off", settings, BASES)
     setups = deletion_setups(DELETIONS, (settings["rates"][len(settings["rates"]) // 2],))
     rows = [runs.row(setup, seed) for seed in context.settings["seeds"] for setup in setups]
     tables.write(context.results, "classes", TITLE, rows, COLUMNS)

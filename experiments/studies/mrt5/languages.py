@@ -60,9 +60,7 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     languages = tuple(
         group.name for group in data.groups(apply_overrides(context.config(settings["config"], arg), text).data)
     )
-    runs = Runs(
-        context, "languages", settings["config"], bases, {**settings["base"], **text}, {**settings["tune"], **text}
-    )
+    runs = Runs.of(context, "languages", settings, bases, text)
     rows = []
     for seed in context.settings["seeds"]:
         rows += [runs.row(setup, seed) for setup in setups(arg, rate, languages)]

@@ -28,7 +28,7 @@ TITLE = (
 
 def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     """Makes the rows, the table and the plot; returns the ids of the rows."""
-    runs = Runs(context, "trade_off", settings["config"], BASES, settings["base"], settings["tune"])
+    runs = Runs.of(context, "trade_off", settings, BASES)
     rate, rows = settings["rate"], []
     for seed in context.settings["seeds"]:
         for layer in settings["layers"]:

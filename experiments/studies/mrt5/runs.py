@@ -8,6 +8,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from adaptive import registry
 from experiments import data, tasks, train
 from experiments.evaluate import assess
 from experiments.rundir import apply_overrides
@@ -59,6 +61,7 @@ class Runs:
       context: of the study; part: folder of the runs.
       config: file under `configs/`.
       bases: the dense setups by name; `base`, `tune`: overrides for their training, and for all other training.
+      gate: overrides for the training of learned gates.
       trained: the dense models, once they are.
     """
 
@@ -68,7 +71,21 @@ class Runs:
     bases: Mapping[str, Setup]
     base: Mapping[str, Any]
     tune: Mapping[str, Any]
+    gate: Mapping[str, Any]
     trained: dict[str, TrainResult] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        context: Context,
+        part: str,
+        settings: Mapping[str, Any],
+        bases: Mapping[str, Setup],
+        everywhere: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Runs:
+        """The runs that the settings of a part describe; `everywhere` are overrides of all of them."""
+        base, tune = ({**settings[name], **everywhere} for name in ("base", "tune"))
+        return cls(context, part, settings["config"], bases, base, tune, settings.get("gate", {}))
 
     def fit(self, setup: Setup, seed: int) -> tuple[ConfigDict, TrainResult]:
         """`(config, result)` of a setup trained from its dense model; a finished run is only read."""
@@ -88,7 +105,10 @@ class Runs:
         return f"{self.part}/{setup.name}-seed{seed}"
 
     def _tuned(self, setup: Setup, seed: int) -> ConfigDict:
-        return self._config(setup, {**self.tune, **setup.overrides, "seed": seed})
+        config = self._config(setup, {**self.tune, **setup.overrides, "seed": seed})
+        gate = config.model.get("gate", "")
+        learned = gate and registry.describe(gate).trained == "yes"
+        return apply_overrides(config, dict(self.gate)) if learned else config
 
     def _base(self, name: str) -> TrainResult:
         """One dense model for all seeds, as the paper has one ByT5."""

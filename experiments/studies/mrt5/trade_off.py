@@ -95,7 +95,7 @@ def setups(settings: Mapping[str, Any]) -> list[Setup]:
 
 def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     """Makes the rows, the tables and the plots; returns the ids of the rows."""
-    runs = Runs(context, "trade_off", settings["config"], BASES, settings["base"], settings["tune"])
+    runs = Runs.of(context, "trade_off", settings, BASES)
     rows = []
     for seed in context.settings["seeds"]:
         for setup in setups(settings):

@@ -64,7 +64,9 @@ def answer(
     split, batch_size = split or config.eval.split, batch_size or config.batch_size
     dataset = data.build(config.data, split=split, batch_size=batch_size, seed=config.seed)
     if not isinstance(dataset.source, pairs.TydiQa):
-        raise ValueError(f"only a set with accepted answers can be scored (data.pairs='tydi_qa'); {workdir} has another")
+        raise ValueError(
+            f"only a set with accepted answers can be scored (data.pairs='tydi_qa'); {workdir} has another"
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1 question; got {limit}")
     mode = deletion_mode(task, deletion)

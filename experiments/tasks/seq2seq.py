@@ -79,7 +79,7 @@ class Seq2Seq:
 
     def dense(self) -> Seq2Seq:
         """The same task with every byte kept; the parameters fit."""
-        deletion = dataclasses.replace(self.deletion, train="", evaluate="")
+        deletion = dataclasses.replace(self.deletion, train="", evaluate="", hard_probability=0.0)
         return dataclasses.replace(self, deletion=deletion, model=self.model.clone(chunker=None))
 
     def count(self, metrics: dict[str, float]) -> flops.Count:

@@ -195,6 +195,11 @@ def test_a_fixed_alpha_stays_and_a_limit_reaches_the_controller():
 # --- Hard deletion in training ------------------------------------------------------------------------------------
 
 
+def test_the_dense_task_of_a_gate_that_meets_hard_batches_keeps_every_byte():
+    dense = make_task(hard_probability=0.5).dense()
+    assert (dense.deletion.train, dense.deletion.evaluate, dense.deletion.hard_probability) == ("", "", 0.0)
+
+
 def test_soft_training_with_probability_1_scores_as_hard_training():
     soft, hard = loss_of(make_task())[1], loss_of(make_task(train="hard"))[1]
     masked = loss_of(make_task(hard_probability=1.0))[1]

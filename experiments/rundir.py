@@ -45,6 +45,7 @@ IGNORED = (
 PACKAGES = (
     "jax",
     "jaxlib",
+    "libtpu",
     "flax",
     "optax",
     "orbax-checkpoint",

@@ -46,14 +46,19 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def cell(values: Sequence[Any], digits: int) -> str:
-    """One cell from the values of all seeds: "not run", a text, `1.23`, or `1.23 ± 0.04`."""
+    """One cell from the values of all seeds: "not run", a text, `1.23`, `1.23 ± 0.04`, or `1.23 (2 of 3), a text`."""
     known = [value for value in values if value is not None]
     if not known:
         return "not run"
-    if isinstance(known[0], str | int):
-        return ", ".join(dict.fromkeys(str(value) for value in known))
-    mean, deviation = spread(known)
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(known) > 1 else "")
+    # Whole numbers (a seed, a count) are not averaged, unless others beside them are not whole.
+    numeric = (int, float) if any(isinstance(value, float) for value in known) else ()
+    numbers = [value for value in known if isinstance(value, numeric)]
+    texts = list(dict.fromkeys(str(value) for value in known if not isinstance(value, numeric)))
+    if not numbers:
+        return ", ".join(texts)
+    mean, deviation = spread(numbers)
+    text = f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(numbers) > 1 else "")
+    return ", ".join([f"{text} ({len(numbers)} of {len(known)})", *texts]) if texts else text
 
 
 def grouped(rows: Iterable[Mapping[str, Any]], key: str = "group") -> list[list[Mapping[str, Any]]]:

@@ -5,6 +5,7 @@ import csv
 import json
 
 import numpy as np
+import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -29,6 +30,20 @@ def test_a_cell_is_mean_and_deviation_over_seeds_or_says_not_run(tmp_path):
     with open(tmp_path / "table.csv") as file:
         assert list(csv.reader(file))[1] == ["a", "1.50 ± 0.71", "h1, h2", "0, 1", "run a, run a again"]
     assert "\\toprule" in (tmp_path / "table.tex").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([1.0, 2.0, None], "1.50 ± 0.71"),
+        ([2, 2, 3], "2, 3"),
+        ([2, 2.5], "2.25 ± 0.35"),
+        (["beyond", 2.25, "beyond"], "2.25 (1 of 3), beyond"),
+        (["beyond", 1.0, 2.0], "1.50 ± 0.71 (2 of 3), beyond"),
+    ],
+)
+def test_a_cell_of_numbers_texts_and_both(values, shown):
+    assert tables.cell(values, 2) == shown
 
 
 def test_a_row_is_made_once_for_a_config_and_again_for_another(tmp_path):

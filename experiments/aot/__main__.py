@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles for TPUs with no TPU present: memory, collectives and kernel schedules, before a machine is paid for.
+
+    python -m experiments.aot --config=configs/mrt5/spans.py:gate=mrt5 --topology=v5e:4x4
+    python -m experiments.aot --config=configs/tome/cifar10.py --topology=v5p:4x4x4 --set parallel.preset=fsdp
+    python -m experiments.aot --kernel=merge --chips=v5e,v6e
+    python -m experiments.aot --kernel=all --out=results/tpu_aot
+
+A config's training and evaluation step are compiled for all devices of the topology with the sharding that training would use;
+`--kernel` compiles a Pallas kernel at its named shapes and reads the compiler's schedule. One JSON object a line is printed.
+Times are estimates: nothing is run. The compiler is in the package libtpu (`pip install libtpu`, Linux on x86-64).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from experiments import config as config_lib
+from experiments import data, parallel, tasks, train
+from experiments.aot import compiler, kernels
+from experiments.evaluate import parse_overrides
+
+
+def steps(name: str, topology: str, overrides: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for the training step and one for the evaluation step of a config, compiled for a topology.
+
+    Raises:
+      ValueError: an unknown topology, or a batch that its devices cannot share.
+    """
+    devices = compiler.devices(topology)
+    config = config_lib.load(name, overrides)
+    task = tasks.build(config)
+    dataset = data.build(config.data, split="train", batch_size=config.batch_size, seed=config.seed)
+    mesh = parallel.make_mesh(config.parallel.preset, devices)
+    program = train.build_program(config, task, dataset.spec, mesh=mesh)
+    extra = program.state.extra
+    with parallel.on_mesh(mesh):
+        for part, function, arguments in (
+            ("training step", program.train_step, (program.state, program.batch, program.healthy)),
+            ("evaluation step", program.eval_step, (program.state.params, _weighed(program.batch), extra)),
+        ):
+            started = time.monotonic()
+            compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+            used = compiler.memory(compiled)
+            yield {
+                "config": name,
+                "part": part,
+                "topology": topology,
+                "devices": len(devices),
+                "preset": config.parallel.preset,
+                "bytes_a_device": used,
+                "share_of_memory": round(used["all"] / compiler.chip(topology).memory, 4),
+                "collectives": _collectives(compiled),
+                "compile_seconds": round(time.monotonic() - started, 1),
+            }
+
+
+def _weighed(batch: Any) -> Any:
+    """An evaluation batch, which also says how much each row counts."""
+    first = next(iter(batch.values()))
+    weight = type(first)(first.shape[:1], "float32", sharding=first.sharding)
+    return {**batch, "weight": weight}
+
+
+def _collectives(compiled: Any) -> dict[str, dict[str, int]]:
+    """How many collectives of each kind there are, and their bytes."""
+    found: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for collective in parallel.collectives(compiled):
+        found[collective.kind]["count"] += 1
+        found[collective.kind]["bytes"] += collective.bytes
+    return dict(found)
+
+
+def _kernel_rows(options: argparse.Namespace, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
+    names = list(kernels.KERNELS) if options.kernel == "all" else [options.kernel]
+    for name in names:
+        rows = []
+        for row in kernels.rows(name, chips, dump):
+            rows.append(row)
+            yield row
+        if options.out:
+            folder = epath.Path(options.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="compile the training and evaluation step of this config")
+    what.add_argument("--kernel", choices=[*kernels.KERNELS, "all"], help="compile this kernel at its named shapes")
+    parser.add_argument("--topology", default="v5e:4x4", help="machine for --config (default %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
+    parser.add_argument("--chips", default=",".join(compiler.CHIPS), help="for --kernel (default %(default)s)")
+    parser.add_argument("--out", default="", help="folder where --kernel also writes KERNEL.json")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reads the arguments, compiles, prints; returns the exit code."""
+    options = _parser().parse_args(argv)
+    chips = tuple(options.chips.split(","))
+    with tempfile.TemporaryDirectory(prefix="adaptive_aot_") as dump:
+        try:
+            if unknown := [name for name in chips if name not in compiler.CHIPS]:
+                raise ValueError(f"--chips={options.chips}: {unknown} is not one of {', '.join(compiler.CHIPS)}")
+            compiler.prepare(dump if options.kernel else "")
+            if options.kernel:
+                found = _kernel_rows(options, chips, dump)
+            else:
+                found = steps(options.config, options.topology, parse_overrides(options.set))
+            for row in found:
+                print(json.dumps(row), flush=True)
+        except (ValueError, KeyError, ModuleNotFoundError, FileNotFoundError) as error:
+            print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

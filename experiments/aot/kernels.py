@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel at its named shapes, as functions to compile for a TPU that is only described."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import parallel
+from experiments.aot import compiler, schedule
+from experiments.rundir import versions
+from pallas_kernels import compact as compaction
+from pallas_kernels import merge as merging
+from pallas_kernels import ragged_prefix_mlp as prefix
+from pallas_kernels.bipartite_match import bipartite_match
+from pallas_kernels.bipartite_match import specs as match_specs
+from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
+from pallas_kernels.block_sparse_attention import specs as sparse_specs
+from pallas_kernels.compact import specs as compact_specs
+from pallas_kernels.merge import specs as merge_specs
+from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
+from pallas_kernels.sparse_decode_attention import sparse_decode_attention
+from pallas_kernels.sparse_decode_attention import specs as decode_specs
+
+_Array = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel at one shape.
+
+    Attributes:
+      shape: its name in the kernel's `specs`. part: which of the op's functions, or passes.
+      function, arguments: what to compile; it names the TPU kernel, so that nothing else is compiled in silence.
+      bytes: that must cross HBM at least, where that is simple to say.
+    """
+
+    shape: str
+    part: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    bytes: int | None = None
+
+
+def _compact() -> Iterator[Case]:
+    for name, spec in compact_specs.NAMED.items():
+        moved = spec.batch * (spec.tokens + spec.slots) * spec.width * jnp.dtype(spec.dtype).itemsize
+        for part, rows in (("compact", spec.tokens), ("expand", spec.slots)):
+
+            def function(x: Any, keep: Any, part: str = part, slots: int = spec.slots) -> Any:
+                return getattr(compaction, part)(x, compaction.pack(keep, slots), implementation="tpu")
+
+            x = _Array((spec.batch, rows, spec.width), spec.dtype)
+            yield Case(name, part, function, (x, _Array((spec.batch, spec.tokens), jnp.bool_)), moved)
+
+
+def _bipartite_match() -> Iterator[Case]:
+    for name, spec in match_specs.NAMED.items():
+        left, right = (spec.tokens + 1) // 2, spec.tokens // 2
+        function = functools.partial(bipartite_match, implementation="tpu")
+        arrays = (_Array((spec.batch, rows, spec.channels), spec.dtype) for rows in (left, right))
+        read = spec.batch * spec.tokens * spec.channels * _itemsize(spec.dtype)
+        yield Case(name, "best", function, tuple(arrays), read)
+
+
+def _merge() -> Iterator[Case]:
+    for name, spec in merge_specs.NAMED.items():
+        moved = spec.batch * (spec.tokens + spec.slots) * spec.width * _itemsize(spec.dtype)
+        assign, weight = (_Array((spec.batch, spec.tokens), dtype) for dtype in (jnp.int32, jnp.float32))
+        many, few = (_Array((spec.batch, rows, spec.width), spec.dtype) for rows in (spec.tokens, spec.slots))
+        merge = functools.partial(merging.merge, slots=spec.slots, implementation="tpu")
+        yield Case(name, "merge", merge, (many, assign, weight), moved)
+        yield Case(name, "restore", functools.partial(merging.restore, implementation="tpu"), (few, assign), moved)
+
+
+def _ragged_prefix_mlp() -> Iterator[Case]:
+    for name, spec in prefix_specs.NAMED.items():
+        counts = _Array((spec.units,), jnp.int32)
+        x, up, bias, down = (
+            _Array(shape, spec.dtype)
+            for shape in (
+                (spec.rows, spec.width),
+                (spec.width, spec.hidden),
+                (spec.hidden,),
+                (spec.hidden, spec.width),
+            )
+        )
+
+        def mlp(arrays: Any, counts: Any) -> Any:
+            x, *weights = arrays
+            return prefix.ragged_prefix_mlp(x, counts, *weights, implementation="tpu")
+
+        def projection(arrays: Any, counts: Any) -> Any:
+            hidden, down = arrays
+            return prefix.ragged_prefix_projection(hidden, counts, down, implementation="tpu")
+
+        hidden = _Array((spec.rows, spec.hidden), spec.dtype)
+        yield Case(name, "mlp, forward and backward", _both(mlp), (x, (x, up, bias, down), counts))
+        yield Case(name, "projection, forward and backward", _both(projection), (x, (hidden, down), counts))
+
+
+def _sparse_decode_attention() -> Iterator[Case]:
+    for name, spec in decode_specs.NAMED.items():
+        pool = _Array((spec.groups, spec.pages, spec.slots, spec.width), spec.dtype)
+        query = _Array((spec.batch, 1, spec.heads, spec.width), spec.dtype)
+        pages = _Array((spec.batch, spec.groups, spec.listed), jnp.int32)
+        counts = _Array((spec.batch, spec.groups), jnp.int32)
+        read = 2 * spec.batch * spec.groups * spec.listed * spec.slots * spec.width * _itemsize(spec.dtype)
+        function = functools.partial(sparse_decode_attention, implementation="tpu")
+        yield Case(name, "one query row", function, (query, pool, pool, pages, counts), read)
+
+
+def _block_sparse_attention() -> Iterator[Case]:
+    for name, spec in sparse_specs.SPECS.items():
+        lists = (spec.batch if spec.lists > 1 else 1, spec.lists, -(-spec.queries // spec.block_q))
+        entries = _Array((*lists, spec.capacity), jnp.int32)
+        tiles = (entries, _Array((spec.tiles, spec.block_q, spec.block_k), jnp.bool_)) if spec.tiles else (None, None)
+        sizes = (spec.queries, spec.keys, spec.block_q, spec.block_k)
+        index = BlockIndex(entries, _Array(lists, jnp.int32), *tiles, *sizes)
+        query, key, value = (
+            _Array((spec.batch, length, heads, spec.width), spec.dtype)
+            for length, heads in ((spec.queries, spec.heads), (spec.keys, spec.kv_heads), (spec.keys, spec.kv_heads))
+        )
+        arrays = {"query": query, "key": key, "value": value}
+        if spec.key_bias:
+            arrays["key_bias"] = _Array((spec.batch, spec.keys), jnp.float32)
+        if spec.sinks:
+            arrays["sinks"] = _Array((spec.heads,), jnp.float32)
+
+        def attend(arrays: Any, index: Any, causal: bool = spec.causal) -> Any:
+            return block_sparse_attention(**arrays, index=index, causal=causal, implementation="tpu")
+
+        yield Case(name, "forward and backward", _both(attend), (query, arrays, index))
+
+
+def _both(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`(cotangent, arrays, lists) -> (output, gradients of the arrays)` of a `function(arrays, lists)`."""
+
+    def both(cotangent: Any, arrays: Any, lists: Any) -> Any:
+        out, pull = jax.vjp(lambda given: function(given, lists), arrays)
+        return out, pull(cotangent)
+
+    return both
+
+
+def _itemsize(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
+
+
+KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
+    "bipartite_match": _bipartite_match,
+    "block_sparse_attention": _block_sparse_attention,
+    "compact": _compact,
+    "merge": _merge,
+    "ragged_prefix_mlp": _ragged_prefix_mlp,
+    "sparse_decode_attention": _sparse_decode_attention,
+}
+
+
+def rows(name: str, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
+    """A row for each case of a kernel and each chip: schedules of what was compiled, and times estimated from them.
+
+    Args:
+      name: of `KERNELS`.
+      chips: generations.
+      dump: folder that `compiler.prepare` was given.
+
+    Raises:
+      KeyError: no such kernel.
+    """
+    for case in KERNELS[name]():
+        for generation in chips:
+            yield {"op": name, "shape": case.shape, "part": case.part, **_row(case, generation, dump)}
+
+
+def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
+    chip = compiler.CHIPS[generation]
+    mesh = parallel.make_mesh("none", compiler.devices(compiler.SMALLEST[generation]))
+    arguments = jax.tree.map(lambda x: _Array(x.shape, x.dtype, sharding=parallel.replicated(mesh)), case.arguments)
+    for old in pathlib.Path(dump).glob("*"):
+        old.unlink()
+    # Kernels ask the mesh which chip they are for.
+    with parallel.on_mesh(mesh):
+        traced = jax.jit(case.function).trace(*arguments)
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    kernels = lowered.as_text().count("@tpu_custom_call")
+    compiled = lowered.compile()
+    microseconds = 1e6 / chip.clock
+    text = compiled.as_text()
+    own = [program for program in schedule.read(dump) if _is_kernel(program.name, text)]
+    return {
+        "chip": generation,
+        "kind": "estimated from the compiler's schedule; nothing was run",
+        "kernel_calls": kernels,
+        "kernels": [
+            {
+                "name": program.name,
+                "bundles": program.bundles,
+                "spill_stores": program.spill_stores,
+                # Every conditional region on every pass, and loops of unknown length once.
+                "schedule_us": round(program.cycles() * microseconds, 2),
+                "regions": program.plain_regions(),
+            }
+            for program in own
+        ],
+        "other_us": round(compiler.estimated_cycles(compiled) * microseconds, 2),
+        "hbm_us": None if case.bytes is None else round(1e6 * case.bytes / chip.bandwidth, 2),
+        "versions": {key: value for key, value in versions().items() if key in ("jax", "jaxlib", "libtpu")},
+    }
+
+
+def _is_kernel(name: str, text: str) -> bool:
+    """Whether the instruction of this name calls a kernel."""
+    line = next((line for line in text.splitlines() if f"%{name} = " in line), "")
+    return 'custom_call_target="tpu_custom_call"' in line

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling for TPUs that are not there."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments.aot import __main__ as aot
+from experiments.aot import compiler, kernels
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is in libtpu, which is not installed"
+)
+
+
+def run(*arguments):
+    """Rows of a call in a process of its own: libtpu reads its settings once."""
+    command = [sys.executable, "-m", "experiments.aot", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@needs_compiler
+def test_a_kernels_schedule_is_read(tmp_path):
+    rows = run("--kernel=bipartite_match", "--chips=v5e", f"--out={tmp_path}")
+    assert json.loads((tmp_path / "bipartite_match.json").read_text()) == rows
+    for row in rows:
+        (kernel,) = row["kernels"]
+        assert row["kernel_calls"] == 1 and kernel["name"].startswith("bipartite_match")
+        (grid,) = kernel["regions"]
+        assert grid["kind"] == "loop" and grid["trips"] > 1 and grid["matmul_slots"] > 0
+        assert kernel["schedule_us"] > 0 and row["other_us"] > 0
+
+
+@needs_compiler
+def test_a_config_is_compiled_for_all_devices_of_a_machine():
+    training, evaluation = run("--config=configs/mrt5/continuation.py:gate=mrt5,runlocal", "--topology=v5e:2x2")
+    assert (training["devices"], training["part"], evaluation["part"]) == (4, "training step", "evaluation step")
+    assert training["collectives"]["all-reduce"]["count"] > 0
+    for row in (training, evaluation):
+        used = row["bytes_a_device"]
+        assert used["all"] == sum(value for name, value in used.items() if name != "all") > 0
+
+
+def test_every_kernel_has_cases_and_they_can_be_traced():
+    for name, cases in kernels.KERNELS.items():
+        found = list(cases())
+        assert len({(case.shape, case.part) for case in found}) == len(found) >= 2, name
+        small = min(found, key=lambda case: sum(leaf.size for leaf in jax.tree.leaves(case.arguments)))
+        jax.jit(small.function).trace(*small.arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--kernel=merge", "--chips=v5e,v7"), r"--chips=v5e,v7: \['v7'\] is not one of v4, v5e, v5p, v6e"),
+        (("--config=configs/tome/digits.py", "--topology=v9:2x2"), "unknown TPU generation 'v9' in topology 'v9:2x2'"),
+        (("--config=configs/tome/digits.py", "--set", "steps"), "--set takes KEY=VALUE; got 'steps'"),
+    ],
+)
+def test_what_it_cannot_do_is_said(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(compiler, "prepare", lambda dump: None)
+    assert aot.main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_the_compiler_it_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert aot.main(["--kernel=merge"]) == 2
+    assert "pip install libtpu" in capsys.readouterr().err

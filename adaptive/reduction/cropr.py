@@ -61,9 +61,8 @@ def gather(
 
     Source: Bergner et al. 2025, the aggregator.
     """
-    features = jax.lax.stop_gradient(features).astype(jnp.float32)
+    # Padding has a weight of 0, which must not meet a number that is not finite.
+    features = jnp.where(valid[..., None], jax.lax.stop_gradient(features).astype(jnp.float32), 0.0)
     logits = jnp.einsum("qd,bnd->bqn", queries.astype(jnp.float32), features, precision=_HIGHEST)
     logits = jnp.where(valid[:, None, :], logits * features.shape[-1] ** -0.5, -jnp.inf)
-    # Padding has a weight of 0, which must not meet a number that is not finite.
-    features = jnp.where(valid[..., None], features, 0.0)
     return jnp.einsum("bqn,bnd->bqd", jax.nn.softmax(logits, axis=-1), features, precision=_HIGHEST)

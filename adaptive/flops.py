@@ -105,6 +105,7 @@ class ViTSpec:
     channels: int = 3
     cls_token: bool = True
     inner: int | None = None
+    last_layer_fusion: bool = False
 
     @property
     def patches(self) -> int:
@@ -136,6 +137,8 @@ class ViTSpec:
             raise ValueError(f"place={place!r}; one of 'between', 'after'")
         inner = self.inner or self.width
         before = (self.tokens, *counts[:-1])
+        if self.last_layer_fusion:
+            before, counts = (*before[:-1], self.tokens), (*counts[:-1], self.tokens)
         hidden = counts if place == "between" else before
         return {
             "embed": batch * linear_macs(self.patches, self.patch_size**2 * self.channels, self.width),

@@ -39,6 +39,15 @@ class Hook(Protocol):
         ...
 
 
+@runtime_checkable
+class LearnedHook(Hook, Protocol):
+    """A hook that is trained by losses of its own."""
+
+    def losses(self, tokens: TokenSet, signals: Signals, labels: Any) -> dict[str, tuple[Any, Any]]:
+        """Name to `(sum over rows, rows)`, from what the call gets and the class `labels [B]` of each row."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Reduce:
     """A registered reduction under a static schedule.

@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from adaptive import budgets, registry
-from layers.hooks import Reduce
+from layers.cropr import Cropr
+from layers.hooks import Hook, Reduce
 from layers.t5 import T5
 from layers.vit import ViT
 
@@ -26,6 +27,8 @@ REDUCTION = {
     "hyper": {},
 }
 
+# Reductions whose hook is a module with parameters.
+LEARNED = {"cropr": Cropr}
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
 NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
@@ -66,8 +69,12 @@ def _attributes(module: type, section: Mapping[str, Any], taken: Iterable[str]) 
     return {key: _plain(value) for key, value in section.items() if key not in taken}
 
 
-def reduce_hooks(reduction: Mapping[str, Any], *, layers: int, tokens: int, protected: int) -> tuple[Reduce, ...]:
+def reduce_hooks(
+    reduction: Mapping[str, Any], *, layers: int, tokens: int, protected: int, num_classes: int = 0
+) -> tuple[Hook, ...]:
     """The hook that a `reduction` section describes; none when its method is empty.
+
+    The hyper-parameters of a learned one are attributes of its module, which also classifies images into `num_classes`.
 
     Raises:
       ValueError, KeyError: unknown keys or methods, or a schedule that the tokens do not allow.
@@ -81,7 +88,10 @@ def reduce_hooks(reduction: Mapping[str, Any], *, layers: int, tokens: int, prot
     counts = budgets.token_counts(
         schedule, tokens, protected=protected, clamp=settings["clamp"], halving=record.removes_half
     )
-    return (Reduce(record.name, counts, tuple(sorted(dict(settings["hyper"]).items())), settings["place"]),)
+    hyper = dict(settings["hyper"])
+    if record.name in LEARNED:
+        return (LEARNED[record.name](counts, num_classes, place=settings["place"], **hyper),)
+    return (Reduce(record.name, counts, tuple(sorted(hyper.items())), settings["place"]),)
 
 
 def _schedule(settings: Mapping[str, Any]) -> Any:
@@ -104,8 +114,11 @@ def build_vit(section: Mapping[str, Any], *, image_size: int, channels: int, dty
 
 
 def with_reduction(model: ViT, reduction: Mapping[str, Any]) -> ViT:
-    """The same ViT under another reduction; its parameters fit, since reductions of the registry have none."""
-    hooks = reduce_hooks(reduction, layers=model.depth, tokens=model.num_tokens, protected=int(model.has_class_token))
+    """The same ViT under another reduction; its parameters fit, and a learned reduction has more of its own."""
+    protected = int(model.has_class_token)
+    hooks = reduce_hooks(
+        reduction, layers=model.depth, tokens=model.num_tokens, protected=protected, num_classes=model.num_classes
+    )
     return model.clone(hooks=hooks)
 
 

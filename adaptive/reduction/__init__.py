@@ -4,6 +4,6 @@
 Shared parts: `select` (scores to survivors), `match` (who is alike), `combine` (who joins whom to coefficients).
 """
 
-from adaptive.reduction import combine, match, pruning, select, tome
+from adaptive.reduction import combine, diffrate, match, pruning, select, tome
 
-__all__ = ["combine", "match", "pruning", "select", "tome"]
+__all__ = ["combine", "diffrate", "match", "pruning", "select", "tome"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,6 +18,7 @@ from adaptive.tokens import DenseReduction, Reduction, Signals, TokenSet
 from layers.attention import SIGNALS, Attention
 from layers.embed import LearnedPositions, PatchEmbed, grid_coords, sincos_2d
 from layers.hooks import PLACES, Hook, LearnedHook, Reduce, follow
+from layers.learned_rates import LearnedRates
 from layers.linear import Linear
 from layers.mlp import Mlp
 from layers.norms import LayerNorm
@@ -71,7 +73,10 @@ class Block(nn.Module):
         wanted = {name for hook in self.hooks for name in hook.signals if acting}
         y = LayerNorm(self.norm_epsilon, name="attention_norm", **common)(tokens.features)
         y, signals = Attention(self.heads, implementation=self.implementation, name="attention", **common)(
-            y, key_bias=self._key_bias(tokens), signals=tuple(name for name in SIGNALS if name in wanted)
+            y,
+            key_bias=self._key_bias(tokens),
+            key_mask=tokens.keep,
+            signals=tuple(name for name in SIGNALS if name in wanted),
         )
         signals = signals.replace(layer=self.layer, grid=self.grid, cls_token=self.class_token)
         tokens = tokens.replace(features=tokens.features + self._drop(y))
@@ -87,7 +92,7 @@ class Block(nn.Module):
     def _key_bias(self, tokens: TokenSet) -> Float[Array, "B N"] | None:
         if not self.weighted:
             return None
-        return tokens.log_mass if self.proportional else jnp.where(tokens.valid, 0.0, -jnp.inf)
+        return tokens.log_mass if self.proportional else jnp.where(tokens.mass > 0, 0.0, -jnp.inf)
 
     def _drop(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         return nn.Dropout(self.dropout)(x, deterministic=self.deterministic)
@@ -254,6 +259,8 @@ class ViT(nn.Module):
                 "layers.stacking.unstack on the parameters of a scanned one"
             )
         for hook in self.hooks:
+            if isinstance(hook, LearnedRates):
+                self._check_rates(hook)
             counts = getattr(hook, "counts", None)
             if counts is not None and len(counts) != self.depth:
                 method = hook.method if isinstance(hook, Reduce) else type(hook).__name__
@@ -266,6 +273,16 @@ class ViT(nn.Module):
                 )
             if hook.place not in PLACES:
                 raise ValueError(f"{type(hook).__name__}.place={hook.place!r} is not one of {PLACES}")
+
+    def _check_rates(self, hook: LearnedRates) -> None:
+        if len(self.hooks) > 1:
+            raise ValueError("learned rates mask tokens that other hooks would take as there; use them alone")
+        patches = self.num_tokens - self.has_class_token
+        if (hook.layers, hook.patches) != (self.depth, patches):
+            raise ValueError(
+                f"learned rates for {hook.layers} layers and {hook.patches} patches do not fit a model of {self.depth} layers "
+                f"and {patches} patches"
+            )
 
     def _embed(self, pixels: Array, token_mask: Array | None, deterministic: bool) -> TokenSet:
         """Patches, class token and positions as a token set."""
@@ -342,8 +359,8 @@ class ViT(nn.Module):
         if self.pool == "cls":
             return tokens.features[:, 0]
         first = int(self.has_class_token)
-        features, mass = tokens.features[:, first:].astype(jnp.float32), tokens.mass[:, first:]
-        total = jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1.0)
+        features, mass = tokens.features[:, first:].astype(jnp.float32), tokens.kept_mass[:, first:]
+        total = jax.lax.stop_gradient(jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1.0))
         return jnp.einsum("bnd,bn->bd", features, mass / total).astype(self.dtype)
 
     def _head(self, pooled: Float[Array, "B D"]) -> Array:

@@ -16,12 +16,15 @@ from layers.hooks import Hook, Reduce
 from layers.t5 import T5
 from layers.vit import ViT
 
-# Tokens to remove at each layer: `schedule` as it stands, else `r` everywhere, ramped when `inflection` is not 0.
+# Tokens to remove at each layer: `schedule` as it stands, else `r` everywhere, ramped when `inflection` is not 0; or `counts`,
+# the tokens left after each layer. `layered` holds hyper-parameters with one value a layer.
 REDUCTION = {
     "method": "",
     "r": 0,
     "inflection": 0.0,
     "schedule": (),
+    "counts": (),
+    "layered": {},
     "clamp": False,
     "place": "between",
     "hyper": {},
@@ -29,6 +32,10 @@ REDUCTION = {
 
 # Reductions whose hook is a module with parameters.
 LEARNED = {"cropr": Cropr}
+
+# Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two candidates,
+# and the layers at both ends that stay whole.
+RATES = {"target": 0.6, "weight": 100.0, "granularity": 1, "first": 1, "last": 0}
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
 NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
@@ -38,6 +45,12 @@ def reduction_section(**values: Any) -> dict[str, Any]:
     """The `reduction` section of a ViT's model config, with `values` in place of the defaults ("" is no reduction)."""
     check_keys("model.reduction", values, REDUCTION)
     return {**REDUCTION, **values}
+
+
+def rates_section(**values: Any) -> dict[str, Any]:
+    """The `rates` section of a ViT's model config, with `values` in place of the defaults."""
+    check_keys("model.rates", values, RATES)
+    return {**RATES, **values}
 
 
 def check_keys(section: str, given: Iterable[str], known: Iterable[str]) -> None:

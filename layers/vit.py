@@ -124,6 +124,8 @@ class ViT(nn.Module):
       pool: "cls" (the class token) or "mean" (of patch tokens, each counted by its mass).
       class_token: whether there is one; None for only with pool="cls".
       positions: "learned" or "sincos2d".
+      distillation_token: slot 1 is a distillation token with a classifier of its own, and logits are the mean of both (DeiT at
+        inference). Reductions protect slot 0 alone, so that such a model takes none.
       representation: width of a tanh layer before the head; None for none.
       hooks: what reduces the tokens; see `layers.hooks`.
       proportional_attention: log mass in the attention logits once tokens have merged (ToMe eq. 1).
@@ -146,6 +148,7 @@ class ViT(nn.Module):
     pool: str = "cls"
     class_token: bool | None = None
     positions: str = "learned"
+    distillation_token: bool = False
     representation: int | None = None
     hooks: tuple[Hook, ...] = ()
     proportional_attention: bool = True
@@ -187,8 +190,8 @@ class ViT(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """N before the first layer, the class token included."""
-        return self.grid[1] * self.grid[2] + self.has_class_token
+        """N before the first layer, the class token and a distillation token included."""
+        return self.grid[1] * self.grid[2] + self.has_class_token + self.distillation_token
 
     def spec(self) -> flops.ViTSpec:
         """Sizes for `adaptive.flops.count`."""
@@ -201,6 +204,7 @@ class ViT(nn.Module):
             image_size=self.image_size,
             channels=self.channels,
             cls_token=self.has_class_token,
+            distillation_token=self.distillation_token,
             last_layer_fusion=self.last_layer_fusion,
         )
 
@@ -239,7 +243,10 @@ class ViT(nn.Module):
         features = LayerNorm(self.norm_epsilon, self.dtype, self.param_dtype, name="final_norm")(tokens.features)
         tokens = tokens.replace(features=features)
         aux = {"tokens": counts, "reduction": reduction, "token_set": tokens, "losses": losses}
-        return self._head(self._pool(tokens)), aux
+        logits = self._head(self._pool(tokens), "head")
+        if self.distillation_token and self.num_classes:
+            logits = 0.5 * (logits + self._head(tokens.features[:, 1], "distillation_head"))
+        return logits, aux
 
     def _check(self, pixels: Array) -> None:
         if pixels.shape[1:] != (*self.image_size, self.channels):
@@ -253,6 +260,11 @@ class ViT(nn.Module):
             )
         if self.pool == "cls" and not self.has_class_token:
             raise ValueError("pool='cls' needs a class token; set pool='mean' or class_token=None")
+        if self.distillation_token and (self.pool != "cls" or self.hooks):
+            raise ValueError(
+                f"a model with a distillation token needs pool='cls' and no hooks, which would not protect slot 1; got "
+                f"pool={self.pool!r} and {len(self.hooks)} hook(s). Undistilled DeiT checkpoints take reductions"
+            )
         if self.scan_layers and self.hooks:
             raise ValueError(
                 "adaptive shapes need unrolled layers: set scan_layers=False for a model with hooks; use "
@@ -293,12 +305,13 @@ class ViT(nn.Module):
         if self.positions == "sincos2d":
             x += sincos_2d(height, width, self.width).astype(self.dtype)
         if self.has_class_token:
+            names = ("class_token", "distillation_token")[: 1 + self.distillation_token]
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
-            token = self.param("class_token", init, (self.width,), self.param_dtype).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.width)), x], axis=1)
-            coords = jnp.concatenate([jnp.full((1, 2), -1.0), coords])
+            added = [self.param(name, init, (self.width,), self.param_dtype).astype(self.dtype) for name in names]
+            x = jnp.concatenate([*(jnp.broadcast_to(token, (batch, 1, self.width)) for token in added), x], axis=1)
+            coords = jnp.concatenate([jnp.full((len(added), 2), -1.0), coords])
             if token_mask is not None:
-                token_mask = jnp.pad(token_mask, ((0, 0), (1, 0)), constant_values=True)
+                token_mask = jnp.pad(token_mask, ((0, 0), (len(added), 0)), constant_values=True)
         if self.positions == "learned":
             x = LearnedPositions(name="positions", **common)(x)
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
@@ -363,7 +376,7 @@ class ViT(nn.Module):
         total = jax.lax.stop_gradient(jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1.0))
         return jnp.einsum("bnd,bn->bd", features, mass / total).astype(self.dtype)
 
-    def _head(self, pooled: Float[Array, "B D"]) -> Array:
+    def _head(self, pooled: Float[Array, "B D"], name: str) -> Array:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.representation is not None:
             pooled = jnp.tanh(Linear((self.representation,), ("embed", "mlp"), name="representation", **common)(pooled))
@@ -371,7 +384,7 @@ class ViT(nn.Module):
             return pooled
         axes = ("embed" if self.representation is None else "mlp", "classes")
         init = nn.initializers.truncated_normal(0.02)
-        return Linear((self.num_classes,), axes, kernel_init=init, name="head", **common)(pooled).astype(jnp.float32)
+        return Linear((self.num_classes,), axes, kernel_init=init, name=name, **common)(pooled).astype(jnp.float32)
 
 
 def _bring_back(tokens: TokenSet, steps: Steps) -> TokenSet:

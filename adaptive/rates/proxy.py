@@ -143,7 +143,9 @@ def budget_loss(
     return (macs(logits, choices, spec, acting) / dense - target) ** 2
 
 
-def export(logits: Float[Array, "L 2 G"], choices: Sequence[int], tokens: int, acting: Sequence[int]) -> Schedule:
+def export(
+    logits: Float[Array, "L 2 G"], choices: Sequence[int], tokens: int, acting: Sequence[int]
+) -> Schedule:
     """The learned numbers as static ints: what inference runs, the same numbers that training masked."""
     kept = [[int(number) for number in layer] for layer in kept_tokens(logits, choices)]
     whole = [tokens, tokens]

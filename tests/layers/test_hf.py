@@ -22,7 +22,7 @@ from layers.t5 import T5
 from layers.vit import ViT
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hf"
-NAMES = sorted(folder.name for folder in DATA.iterdir())
+NAMES = sorted(folder.name for folder in DATA.iterdir() if "t5" in folder.name)
 GATED = [name for name in NAMES if name.startswith("mrt5")]
 TINY = dict(vocab_size=11, width=6, mlp_dim=5, heads=2, head_dim=4, encoder_layers=2, decoder_layers=1)
 

@@ -13,8 +13,8 @@ Each folder of tests/data/hf holds config.json and tensors as they are published
 `attention_mask [B, N]`, `decoder_input_ids [B, T]`, and what the library computes from them in float32: "logits [B, T, V]"
 or, for an encoder, "features [B, N, D]"; for an MrT5 the logits "soft" and "hard", and "delete_gate [B, N]". The last
 row of a batch is padded to a single token. A ViT, DeiT or ViT-MAE has `pixel_values [B, height, width, c]`, its
-preprocessor_config.json and "logits [B, c]", "features [B, D]" (the pooler's output) or "tokens [B, N, D]" (without masking). Where tensors are stored in
-half precision, the library reads those.
+preprocessor_config.json and "logits [B, c]", "features [B, D]" (the pooler's output) or "tokens [B, N, D]" (without
+masking). Where tensors are stored in half precision, the library reads those.
 """
 
 import argparse

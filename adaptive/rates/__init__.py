@@ -5,6 +5,6 @@
 searched), `search` (searchers that propose schedules and are told how good they were).
 """
 
-from adaptive.rates import masked, proxy, schedules
+from adaptive.rates import masked, proxy, schedules, search
 
-__all__ = ["masked", "proxy", "schedules"]
+__all__ = ["masked", "proxy", "schedules", "search"]

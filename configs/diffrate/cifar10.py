@@ -26,10 +26,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict(
         dict(
             patch_size=4,
-            width=64,
+            width=48,
             depth=6,
             heads=2,
-            mlp_dim=256,
+            mlp_dim=96,
             num_classes=10,
             pool="cls",
             activation="relu",
@@ -47,20 +47,24 @@ def get_config(arg: str | None = None) -> ConfigDict:
             crop_padding=2,
         )
     )
-    config.steps = 4_000
+    config.steps = 2_000
     config.batch_size = 64
-    config.optimizer.peak = 2e-3
-    config.optimizer.warmup = 200
+    config.optimizer.peak = 3e-3
+    config.optimizer.warmup = 100
     config.optimizer.weight_decay = 0.05
-    config.eval.every = 1_000
+    config.eval.every = 0
     config.checkpoint.every = 500
     if given.rates:
         config.model.rates = ConfigDict(rates_section(target=given.target))
-        config.steps = 300
+        config.steps = 150
+        config.batch_size = 32
         config.optimizer.update(dict(peak=0.05, end=0.1, warmup=0, weight_decay=0.0))
-        config.eval.every, config.checkpoint.every = 300, 100
+        config.eval.every, config.checkpoint.every = 0, 150
     if given.runlocal:
-        config.model.update(dict(width=32, depth=2, heads=2, mlp_dim=64))
+        config.model.update(dict(width=32, depth=3, heads=2, mlp_dim=64))
+        # Two layers that compress cannot save more than half.
+        if given.rates:
+            config.model.rates.target = 0.9
         config.steps, config.batch_size, config.eval.every, config.checkpoint.every = 2, 8, 2, 2
         config.eval.batches = 1
         config.optimizer.warmup = 1

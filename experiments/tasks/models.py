@@ -11,8 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from adaptive import budgets, registry
+from adaptive.rates.schedules import Schedule
 from layers.cropr import Cropr
 from layers.hooks import Hook, Reduce
+from layers.learned_rates import LearnedRates
 from layers.t5 import T5
 from layers.vit import ViT
 
@@ -97,14 +99,22 @@ def reduce_hooks(
     if not settings["method"]:
         return ()
     record = registry.describe(settings["method"])
-    schedule = budgets.removal_schedule(_schedule(settings), layers)
-    counts = budgets.token_counts(
-        schedule, tokens, protected=protected, clamp=settings["clamp"], halving=record.removes_half
-    )
+    counts = _counts(settings, layers, tokens, protected, record.removes_half)
     hyper = dict(settings["hyper"])
     if record.name in LEARNED:
         return (LEARNED[record.name](counts, num_classes, place=settings["place"], **hyper),)
-    return (Reduce(record.name, counts, tuple(sorted(hyper.items())), settings["place"]),)
+    layered = tuple(sorted((name, _plain(values)) for name, values in dict(settings["layered"]).items()))
+    return (Reduce(record.name, counts, tuple(sorted(hyper.items())), settings["place"], layered),)
+
+
+def _counts(
+    settings: Mapping[str, Any], layers: int, tokens: int, protected: int, halving: bool
+) -> tuple[int, ...]:
+    """Tokens after each layer: given, or from the tokens to remove."""
+    if settings["counts"]:
+        return Schedule.of_counts(settings["counts"]).check(layers, tokens).counts
+    schedule = budgets.removal_schedule(_schedule(settings), layers)
+    return budgets.token_counts(schedule, tokens, protected=protected, clamp=settings["clamp"], halving=halving)
 
 
 def _schedule(settings: Mapping[str, Any]) -> Any:
@@ -119,11 +129,23 @@ def build_vit(section: Mapping[str, Any], *, image_size: int, channels: int, dty
     Raises:
       ValueError: unknown keys, or a reduction that does not fit.
     """
-    attributes = _attributes(ViT, section, ("variant", "reduction", "image_size", "channels"))
+    attributes = _attributes(ViT, section, ("variant", "reduction", "rates", "image_size", "channels"))
     attributes |= dict(image_size=(image_size, image_size), channels=channels, dtype=jnp.dtype(dtype))
     variant = section.get("variant", "")
     model = ViT.named(variant, **attributes) if variant else ViT(**attributes)
+    if "rates" in section:
+        return model.clone(hooks=(_learned_rates(model, section),))
     return model.clone(hooks=with_reduction(model, section.get("reduction", {})).hooks)
+
+
+def _learned_rates(model: ViT, section: Mapping[str, Any]) -> LearnedRates:
+    """The hook of a `rates` section; `target` and `weight` are the task's."""
+    if section.get("reduction", {}).get("method"):
+        raise ValueError("config.model has both a reduction and rates; rates are learned alone, so set one of them")
+    check_keys("model.rates", section["rates"], RATES)
+    rates = {**RATES, **section["rates"]}
+    patches = model.num_tokens - model.has_class_token
+    return LearnedRates(model.depth, patches, rates["granularity"], rates["first"], rates["last"])
 
 
 def with_reduction(model: ViT, reduction: Mapping[str, Any]) -> ViT:

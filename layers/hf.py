@@ -123,6 +123,15 @@ def save(
     return described
 
 
+def module_class(directory: str | os.PathLike[str]) -> type[nn.Module]:
+    """The Linen class that `load` makes of a checkpoint, from config.json alone.
+
+    Raises:
+      ValueError: no checkpoint there, or an unknown kind of model.
+    """
+    return _family(_read_config(pathlib.Path(directory))).MODULE
+
+
 def preprocessing(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What preprocessor_config.json says of pixels: "mean" and "std", one number a channel, of pixels in 0..1.
 
@@ -153,6 +162,11 @@ def leaves(module: nn.Module, config: Mapping[str, Any]) -> list[Leaf]:
       ValueError: the module has no Hugging Face form.
     """
     return _family_of(module).leaves(module, config)
+
+
+def check(module: nn.Module) -> None:
+    """Raises ValueError for a module that `save` could not write, with the reason."""
+    _family_of(module).describe(module, {})
 
 
 def abstract_params(module: nn.Module) -> dict[str, Any]:

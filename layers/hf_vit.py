@@ -193,12 +193,15 @@ def leaves(module: ViT, config: Mapping[str, Any], tensors: Set[str] | None = No
     embeddings = f"{prefix}embeddings"
     convolution = f"{embeddings}.patch_embeddings.projection"
     found = [
-        Leaf("class_token", (f"{embeddings}.cls_token",), ones=2),
-        Leaf("positions/embedding", (f"{embeddings}.position_embeddings",), ones=1),
         PatchLeaf("patch_embed/projection/kernel", (f"{convolution}.weight",), size=module.patch_size),
         Leaf("patch_embed/projection/bias", (f"{convolution}.bias",)),
         *_norm("final_norm", (f"{prefix}layernorm",)),
     ]
+    # A module without one of these has no room for its tensor, which is then reported.
+    if module.has_class_token:
+        found.append(Leaf("class_token", (f"{embeddings}.cls_token",), ones=2))
+    if module.positions == "learned":
+        found.append(Leaf("positions/embedding", (f"{embeddings}.position_embeddings",), ones=1))
     if module.distillation_token:
         found.append(Leaf("distillation_token", (f"{embeddings}.distillation_token",), ones=2))
     if module.representation is not None and architecture == "ViTModel":

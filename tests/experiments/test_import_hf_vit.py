@@ -98,7 +98,11 @@ def test_images_are_prepared_as_the_checkpoint_says(tmp_path):
         ("vit_in21k_small", [], "the checkpoint takes images of 8 x 12; runs are fed square ones"),
         ("vit_small", ["--set", "model.num_classes=0"], "a run needs classes: set model.num_classes"),
         ("vit_small", [*SHORT, "--set", "data.image_size=16"], "positions/embedding: read (10, 12), set (17, 12)"),
-        ("vit_small", [*SHORT, "--set", "model.pool=mean", "--set", "model.class_token=false"], "cls_token: unexpected, found [1, 1, 12]"),
+        (
+            "vit_small",
+            [*SHORT, "--set", "model.pool=mean", "--set", "model.class_token=false"],
+            "cls_token: unexpected, found [1, 1, 12]",
+        ),
         ("vit_small", ["--config=configs/mrt5/spans.py"], "these models are trained on classification"),
         (
             "deit_distilled_small",

@@ -105,6 +105,8 @@ class ViTSpec:
     channels: int = 3
     cls_token: bool = True
     inner: int | None = None
+    distillation_token: bool = False
+    last_layer_fusion: bool = False
 
     @property
     def patches(self) -> int:
@@ -114,7 +116,7 @@ class ViTSpec:
     @property
     def tokens(self) -> int:
         """Tokens that enter the first layer."""
-        return self.patches + int(self.cls_token)
+        return self.patches + int(self.cls_token) + int(self.distillation_token)
 
     def macs(
         self, *, batch: int = 1, counts: Sequence[float] | None = None, place: str = "between"
@@ -136,12 +138,14 @@ class ViTSpec:
             raise ValueError(f"place={place!r}; one of 'between', 'after'")
         inner = self.inner or self.width
         before = (self.tokens, *counts[:-1])
+        if self.last_layer_fusion:
+            before, counts = (*before[:-1], self.tokens), (*counts[:-1], self.tokens)
         hidden = counts if place == "between" else before
         return {
             "embed": batch * linear_macs(self.patches, self.patch_size**2 * self.channels, self.width),
             "attention": batch * sum(attention_macs(n, n, self.width, inner) for n in before),
             "mlp": batch * sum(mlp_macs(n, self.width, self.mlp_dim) for n in hidden),
-            "head": batch * linear_macs(1, self.width, self.num_classes),
+            "head": batch * linear_macs(1 + self.distillation_token, self.width, self.num_classes),
         }
 
 

@@ -30,12 +30,15 @@ class TokenSet:
       mass: `[B, N]` float32, number of original tokens that each token stands for; 0 in padding.
       coords: `[B, N, C]` float32, position(s) in the original sequence or grid; a merged token carries the weighted mean.
       origin: `[B, N0]` int32, current slot that carries each original token; -1 when it was dropped or is padding.
+      keep: `[B, N]` float32 in {0, 1}, while rates are learned: tokens at 0 are gone, though the arrays still hold them with the
+        mass that they had, and its gradient says what they were worth. None elsewhere: all tokens with mass are there.
     """
 
     features: Float[Array, "B N D"]
     mass: Float[Array, "B N"]
     coords: Float[Array, "B N C"]
     origin: Int[Array, "B N0"]
+    keep: Float[Array, "B N"] | None = None
 
     @classmethod
     def create(
@@ -76,8 +79,13 @@ class TokenSet:
 
     @property
     def valid(self) -> Bool[Array, "B N"]:
-        """`[B, N]` True where a token is real."""
-        return self.mass > 0
+        """`[B, N]` True where a token is real, and not gone."""
+        return self.mass > 0 if self.keep is None else (self.mass > 0) & (self.keep > 0)
+
+    @property
+    def kept_mass(self) -> Float[Array, "B N"]:
+        """`[B, N]` mass of the tokens that are there, 0 of the others."""
+        return self.mass if self.keep is None else self.mass * self.keep
 
     @property
     def count(self) -> Int[Array, " B"]:
@@ -86,12 +94,13 @@ class TokenSet:
 
     @property
     def log_mass(self) -> Float[Array, "B N"]:
-        """`[B, N]` log mass, the key bias of proportional attention; -inf in padding.
+        """`[B, N]` log mass, the key bias of proportional attention; -inf in padding. Gone tokens have that of their mass.
 
         Source: Bolya et al. 2023 (ToMe), eq. 1.
         """
         # The inner where keeps the gradient finite where the mass is 0.
-        return jnp.where(self.valid, jnp.log(jnp.where(self.valid, self.mass, 1.0)), -jnp.inf)
+        real = self.mass > 0
+        return jnp.where(real, jnp.log(jnp.where(real, self.mass, 1.0)), -jnp.inf)
 
 
 @flax.struct.dataclass

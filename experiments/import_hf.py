@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a Hugging Face safetensors directory (ByT5, T5 1.1, mT5, MrT5) into a run that training and evaluation start from.
+"""Turns a Hugging Face safetensors directory (ByT5, T5 1.1, mT5, MrT5, ViT, DeiT, ViT-MAE) into a run to start from.
 
     python -m experiments.import_hf --model=byt5-small --workdir=runs/byt5
     python -m experiments.train --workdir=runs/byt5
@@ -8,19 +8,20 @@
     python -m experiments.import_hf --model=mrt5-small --workdir=runs/mrt5 --dtype=bfloat16 --scan-layers
     python -m experiments.import_hf --model=byt5-small --workdir=runs/gated --config=configs/mrt5/spans.py \\
         --set model.gate=mrt5 --set model.softmax=off_by_one --set model.deletion.target=0.5 --set steps=5000
+    python -m experiments.import_hf --model=vit-base-patch16-224 --workdir=runs/vit \\
+        --config=configs/vit/imagenet.py:data_dir=DIR --set model.reduction.method=tome --set model.reduction.r=13
 
 The run has a config and a checkpoint at step 0. The model comes from the directory, with what `--set model.KEY=VALUE` changes;
-all else, such as data and optimiser, comes from `--config`, or is span corruption of 1,024 bytes of Python's own standard
-library. A gate that is set on a model without one starts anew, as MrT5 was trained from ByT5. `experiments.export_hf` is the
-way back.
+all else, such as data and optimiser, comes from `--config`, or is a default that needs no data: span corruption of 1,024 bytes
+of Python's own standard library, or handwritten digits. What a directory has no parameters for, such as a gate, a reduction
+that is learned or a classifier of other classes, starts anew. Images are normalised as preprocessor_config.json says.
+`experiments.export_hf` is the way back.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
-import math
 import os
 import pathlib
 import sys
@@ -34,20 +35,14 @@ from tabulate import tabulate
 from experiments import config as config_lib
 from experiments import data, tasks, train
 from experiments.checkpoints import Checkpointer
-from experiments.data import byte_vocab
 from experiments.evaluate import parse_overrides
+from experiments.hf_recipes import RECIPES, say
 from experiments.rundir import RunDir, WorkdirMismatch
-from experiments.tasks.deletion import Deletion
-from experiments.tasks.models import NOT_OF_A_SECTION
 from layers import hf
 
-# Of a recipe's model section: how the model runs, not what it is.
-_KEPT = ("rungs", "capacity", "remat", "scan_layers")
 _SECTION = "model."
-_DELETION = "model.deletion."
 # In the meta of a checkpoint, from one to the next: the config.json that the run came from.
 HF_CONFIG = "hf_config"
-_RUNGS = 8
 
 
 def import_checkpoint(
@@ -77,22 +72,31 @@ def import_checkpoint(
     if (workdir / "config.json").exists() and not overwrite:
         raise WorkdirMismatch(f"{workdir} holds a run; pass --overwrite to replace it, or choose another --workdir")
     overrides = dict(overrides or {})
-    config = _recipe(recipe)
-    attributes = {key: config.model[key] for key in _KEPT if key in config.model}
+    kind = RECIPES[hf.module_class(model)]
+    config = _start(recipe, kind)
+    attributes = {key: config.model[key] for key in kind.kept if key in config.model}
     attributes |= {"scan_layers": True} if scan_layers else {}
-    attributes |= {key.removeprefix(_SECTION): overrides.pop(key) for key in list(overrides) if _is_attribute(key)}
-    _say(f"reading {model}")
-    module, variables, hf_config = hf.load(model, **{key: _value(key, value) for key, value in attributes.items()})
-    _check(module)
-    deletion = dataclasses.asdict(Deletion()) | dict(config.model.get("deletion", {}))
+    own = [key for key in overrides if _is_attribute(key, kind)]
+    attributes |= {key.removeprefix(_SECTION): overrides.pop(key) for key in own}
+    attributes = {key: kind.attribute(key, value) for key, value in attributes.items()}
+    say(f"reading {model}")
+    module, variables, hf_config = hf.load(model, **attributes)
+    kind.check(module)
     with config.unlocked():
-        config.model = _section(module, deletion)
+        config.model = kind.section(module, config.model)
         config.dtype = dtype or config.dtype
+        kind.fit_data(config.data, module, model)
     config_lib.apply_overrides(config, overrides)
     with config.unlocked():
-        config.model.rungs = _rungs(config)
-    _write_run(config, workdir, variables["params"], hf_config, overwrite)
-    return summary(module, variables["params"], hf_config)
+        kind.complete(config)
+    config_lib.validate(config)
+    task = tasks.build(config)
+    if getattr(task.model, "hooks", ()):
+        # A learned reduction has parameters, which no checkpoint holds.
+        _, variables, _ = hf.load(model, **attributes, hooks=task.model.hooks)
+    _check_shapes(task.model, variables["params"])
+    _write_run(config, task, workdir, variables["params"], hf_config, overwrite)
+    return summary(task.model, variables["params"], hf_config)
 
 
 def summary(module: Any, params: Mapping[str, Any], hf_config: Mapping[str, Any]) -> str:
@@ -112,84 +116,54 @@ def summary(module: Any, params: Mapping[str, Any], hf_config: Mapping[str, Any]
 
 
 def _part(path: str) -> str:
-    """embedding, encoder, decoder, delete_gate or head."""
+    """embedding, encoder, decoder, delete_gate, head or reduction."""
     first = path.split("/")[0]
-    if first in ("lower_stack", "upper_stack"):
+    if first in ("lower_stack", "upper_stack", "blocks", "final_norm") or first.startswith("block_"):
         return "encoder"
+    if first in ("class_token", "distillation_token", "positions", "patch_embed"):
+        return "embedding"
+    if first in ("distillation_head", "representation"):
+        return "head"
+    if first.startswith("hooks_"):
+        return "reduction"
     return first if first in ("embedding", "delete_gate", "head") else first.split("_")[0]
 
 
-def _recipe(spec: str) -> ConfigDict:
+def _start(spec: str, kind: Any) -> ConfigDict:
     """The config that a run starts from; its model section is replaced."""
-    if spec:
-        config = config_lib.load(spec)
-        if config.task != "seq2seq":
-            raise config_lib.ConfigError(f"{spec} is for the task {config.task!r}; these models are trained on seq2seq")
-        return config
-    config = config_lib.base_config()
-    config.task = "seq2seq"
-    config.data = data.resolve(dict(source="text", text="stdlib", objective="span_corruption"))
-    config.optimizer.name = "adafactor"
-    config.eval.batches = 20
+    if not spec:
+        return kind.default()
+    config = config_lib.load(spec)
+    if config.task != kind.task:
+        raise config_lib.ConfigError(f"{spec} is for the task {config.task!r}; these models are trained on {kind.task}")
     return config
 
 
-def _is_attribute(key: str) -> bool:
-    return key.startswith(_SECTION) and not key.startswith(_DELETION)
+def _is_attribute(key: str, kind: Any) -> bool:
+    return key.startswith(_SECTION) and key.split(".")[1] not in kind.subsections
 
 
-def _value(key: str, value: Any) -> Any:
-    """A value of a config as an attribute of the module."""
-    if key == "gate_hyper":
-        return tuple(sorted(dict(value).items()))
-    if key in ("gate", "rungs", "capacity"):
-        return (tuple(value) if isinstance(value, list | tuple) else value) or None
-    return value
-
-
-def _section(module: Any, deletion: Mapping[str, Any]) -> ConfigDict:
-    """The model section that `experiments.tasks.models.build_t5` makes the module from."""
-    names = {field.name for field in dataclasses.fields(module)} - NOT_OF_A_SECTION
-    section = {name: getattr(module, name) for name in sorted(names)}
-    section |= {name: section[name] or "" for name in ("gate", "chunker")} | {"rungs": module.rungs or ()}
-    section |= {name: dict(section[name]) for name in ("gate_hyper", "chunk_hyper")}
-    return ConfigDict({**section, "deletion": dict(deletion)})
-
-
-def _check(module: Any) -> None:
-    if not module.decoder_layers:
-        raise ValueError("this checkpoint is an encoder alone; a run needs a decoder. layers.hf.load reads encoders")
-    highest = byte_vocab.FIRST_SENTINEL
-    if module.vocab_size <= highest:
-        raise ValueError(
-            f"vocab_size is {module.vocab_size}; the bytes that runs are trained on have ids up to {highest}"
-        )
-    if module.vocab_size != byte_vocab.TABLE_SIZE:
-        _say(
-            f"note: vocab_size is {module.vocab_size}; runs are fed bytes (ids + {byte_vocab.OFFSET}), not this model's pieces"
-        )
-
-
-def _rungs(config: ConfigDict) -> tuple[int, ...]:
-    """The ladder that is set; where none is and a gate deletes, eight even steps up to the length of the data."""
-    model = config.model
-    if model.rungs or model.capacity or not model.gate:
-        return tuple(model.rungs)
-    length = tasks.build(config).inputs_length
-    return tuple(sorted({math.ceil(length * step / _RUNGS) for step in range(1, _RUNGS + 1)}))
+def _check_shapes(module: Any, params: Mapping[str, Any]) -> None:
+    """Raises ValueError where what was set asks for a model of other parameters than those that were read."""
+    found = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    wanted = {path: leaf.shape for path, leaf in flatten_dict(hf.abstract_params(module), sep="/").items()}
+    wrong = [f"{path}: read {found.get(path)}, set {wanted.get(path)}" for path in sorted({*found, *wanted})]
+    wrong = [
+        line for line, path in zip(wrong, sorted({*found, *wanted}), strict=True) if found.get(path) != wanted.get(path)
+    ]
+    if wrong:
+        raise ValueError("\n  ".join(["what is set does not fit the checkpoint:", *wrong[:8]]))
 
 
 def _write_run(
-    config: ConfigDict, workdir: pathlib.Path, params: Any, hf_config: Mapping[str, Any], overwrite: bool
+    config: ConfigDict, task: Any, workdir: pathlib.Path, params: Any, hf_config: Mapping[str, Any], overwrite: bool
 ) -> None:
     """The run directory with its checkpoint at step 0."""
-    config_lib.validate(config)
-    task = tasks.build(config)
     dataset = data.build(config.data, split="train", batch_size=config.batch_size, seed=config.seed)
-    _say("tracing the model")
+    say("tracing the model")
     program = train.build_program(config, task, dataset.spec)
     program.lower()
-    _say(f"writing {workdir}")
+    say(f"writing {workdir}")
     run = RunDir.open(workdir, config, overwrite=overwrite)
     state = program.create(params)
     settings = config.checkpoint
@@ -199,10 +173,6 @@ def _write_run(
     ) as checkpointer:
         meta = {"seconds": 0.0, HF_CONFIG: dict(hf_config)}
         checkpointer.maybe_save(0, state, dataset.train_iterator(), meta, force=True)
-
-
-def _say(text: str) -> None:
-    print(f"[import] {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             scan_layers=options.scan_layers,
             overwrite=options.overwrite,
         )
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 2
     print(table)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from adaptive.rates.masked import masked_attention
 from adaptive.tokens import Signals
 from layers.linear import Initializer, Linear
 from layers.rotary import rotate
@@ -102,6 +103,7 @@ class Attention(nn.Module):
         context: Float[Array, "B K D"] | None = None,
         *,
         key_bias: Float[Array, "B K"] | None = None,
+        key_mask: Float[Array, "B K"] | None = None,
         bias: Float[Array, "b H Q K"] | None = None,
         causal: bool = False,
         block_index: BlockIndex | None = None,
@@ -114,6 +116,8 @@ class Attention(nn.Module):
         Args:
           x, context: `[B, Q, D]`, `[B, K, D]`.
           key_bias: `[B, K]` added to the logits of each key: log mass, gate values; -inf removes a key.
+          key_mask: `[B, K]` in {0, 1}, a mask of keys that a gradient reaches (`adaptive.rates.masked`): plain self-attention
+            with the whole map in memory, for learning rates. Signals see the keys at 1.
           bias: `[1 or B, H, Q, K]` added to the logits.
           causal: queries see no later keys.
           block_index: blocks of keys that each block of queries attends to; all when None. It takes no `bias` and hands out no
@@ -130,6 +134,8 @@ class Attention(nn.Module):
         _check_signals(signals, causal)
         if block_index is not None:
             _check_sparse(signals, bias)
+        if key_mask is not None and (context is not None or bias is not None or causal or block_index is not None):
+            raise ValueError("key_mask is for plain self-attention: without context, bias, causal or block_index")
         source = x if context is None else context
         query = self.query(x, self._sizes(x, self.heads))
         key, value = self._keys_values(source)
@@ -137,7 +143,10 @@ class Attention(nn.Module):
         turned_key = self._rotate(key, positions if context is None else context_positions)
         common = {"key_bias": key_bias, "causal": causal, "softmax": self.softmax, "scale": self.scale}
         options, arrays = {**common, "bias": bias}, (turned_query, turned_key, value)
-        if block_index is None:
+        if key_mask is not None:
+            out = masked_attention(*arrays, key_mask, key_bias=key_bias, scale=self.scale)
+            options["key_bias"] = key_bias = jnp.where(key_mask > 0, 0.0 if key_bias is None else key_bias, -jnp.inf)
+        elif block_index is None:
             out = biased_attention(*arrays, implementation=self.implementation, **options)
         else:
             out = block_sparse_attention(*arrays, block_index, implementation=self.implementation, **common)

@@ -9,6 +9,9 @@
     logits, aux = module.apply(variables, input_ids, attention_mask, decoder_input_ids, deletion="hard")
     aux["delete_gate"]  # [B, N]
 
+    module, variables, config = hf.load("vit-base-patch16-224", hooks=(Reduce("tome", counts),))
+    logits, aux = module.apply(variables, pixel_values)  # [B, height, width, 3], normalised as hf.preprocessing says
+
 A family of models is a module beside this one that knows its names and settings and touches no file:
 
 - `MODULE`, `MODEL_TYPES`, `ARCHITECTURES`: the Linen class, and what `model_type` and `architectures` in config.json may say;
@@ -34,10 +37,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from layers import hf_t5
+from layers import hf_t5, hf_vit
 from layers.hf_leaf import Leaf
 
-FAMILIES = (hf_t5,)
+FAMILIES = (hf_t5, hf_vit)
 # safetensors' names of the dtypes that a parameter may be stored in, and the names in config.json.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SHARD_BYTES = 2 * 10**9
@@ -120,6 +123,38 @@ def save(
     return described
 
 
+def module_class(directory: str | os.PathLike[str]) -> type[nn.Module]:
+    """The Linen class that `load` makes of a checkpoint, from config.json alone.
+
+    Raises:
+      ValueError: no checkpoint there, or an unknown kind of model.
+    """
+    return _family(_read_config(pathlib.Path(directory))).MODULE
+
+
+def preprocessing(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What preprocessor_config.json says of pixels: "mean" and "std", one number a channel, of pixels in 0..1.
+
+    Without such a file, or where images are not to be normalised, mean 0 and std 1.
+
+    Raises:
+      ValueError: the file is damaged, or pixels are to be scaled by another factor than 1/255.
+    """
+    path = pathlib.Path(directory) / "preprocessor_config.json"
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {"do_normalize": False}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    factor = found.get("rescale_factor", 1 / 255)
+    if not found.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-4:
+        raise ValueError(
+            f"{path} scales pixels by {factor if found.get('do_rescale', True) else 1}; only 1/255 is supported"
+        )
+    if not found.get("do_normalize", True):
+        return {"mean": (0.0,), "std": (1.0,)}
+    return {key: tuple(found.get(f"image_{key}", (0.5, 0.5, 0.5))) for key in ("mean", "std")}
+
+
 def leaves(module: nn.Module, config: Mapping[str, Any]) -> list[Leaf]:
     """Where each parameter of a module lies in a checkpoint with this config; new ones have no place.
 
@@ -127,6 +162,11 @@ def leaves(module: nn.Module, config: Mapping[str, Any]) -> list[Leaf]:
       ValueError: the module has no Hugging Face form.
     """
     return _family_of(module).leaves(module, config)
+
+
+def check(module: nn.Module) -> None:
+    """Raises ValueError for a module that `save` could not write, with the reason."""
+    _family_of(module).describe(module, {})
 
 
 def abstract_params(module: nn.Module) -> dict[str, Any]:

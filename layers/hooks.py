@@ -39,6 +39,15 @@ class Hook(Protocol):
         ...
 
 
+@runtime_checkable
+class LearnedHook(Hook, Protocol):
+    """A hook that is trained by losses of its own."""
+
+    def losses(self, tokens: TokenSet, signals: Signals, labels: Any) -> dict[str, tuple[Any, Any]]:
+        """Name to `(sum over rows, rows)`, from what the call gets and the class `labels [B]` of each row."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Reduce:
     """A registered reduction under a static schedule.
@@ -49,10 +58,11 @@ class Reduce:
         `budgets.token_counts` makes them from tokens to remove.
       hyper: `((name, value), ...)`, keyword arguments of the method.
       place: "between" attention and MLP (ToMe), or "after" the block.
+      layered: `((name, (value, ...)), ...)`, keyword arguments with one value a layer.
 
     Raises:
       KeyError: the method is not registered.
-      ValueError: it is not a token reduction, or an unknown place.
+      ValueError: it is not a token reduction, an unknown place, or not one value a layer.
       TypeError: the method has no such hyper-parameter.
     """
 
@@ -60,6 +70,7 @@ class Reduce:
     counts: tuple[int, ...]
     hyper: tuple[tuple[str, Any], ...] = ()
     place: str = "between"
+    layered: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         record = registry.describe(self.method)
@@ -67,11 +78,15 @@ class Reduce:
             raise ValueError(
                 f"{self.method!r} is of kind {record.kind!r}; one of {registry.names('reduction')} reduces tokens"
             )
-        if unknown := sorted({name for name, _ in self.hyper} - set(record.hyper)):
+        if unknown := sorted({name for name, _ in (*self.hyper, *self.layered)} - set(record.hyper)):
             raise TypeError(f"{self.method} has no hyper-parameter {unknown}; it has {sorted(record.hyper) or 'none'}")
         if self.place not in PLACES:
             raise ValueError(f"place={self.place!r} is not one of {PLACES}")
         object.__setattr__(self, "counts", tuple(int(count) for count in self.counts))
+        object.__setattr__(self, "layered", tuple((name, tuple(values)) for name, values in self.layered))
+        for name, values in self.layered:
+            if len(values) != len(self.counts):
+                raise ValueError(f"{name} of {self.method!r} has {len(values)} values for {len(self.counts)} layers")
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -92,7 +107,8 @@ class Reduce:
 
     def __call__(self, tokens: TokenSet, signals: Signals) -> Reduction | DenseReduction:
         """The method's reduction of `tokens` to `counts[signals.layer]`; errors are the registry's."""
-        return registry.get(self.method)(tokens, signals, self.counts[signals.layer], **dict(self.hyper))
+        own = {name: values[signals.layer] for name, values in self.layered}
+        return registry.get(self.method)(tokens, signals, self.counts[signals.layer], **dict(self.hyper), **own)
 
 
 def follow(signals: Signals, reduction: Reduction | DenseReduction) -> Signals:

@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from adaptive import flops
 from adaptive.tokens import DenseReduction, Reduction, Signals, TokenSet
 from layers.attention import SIGNALS, Attention
 from layers.embed import LearnedPositions, PatchEmbed, grid_coords, sincos_2d
-from layers.hooks import PLACES, Hook, Reduce, follow
+from layers.hooks import PLACES, Hook, LearnedHook, Reduce, follow
+from layers.learned_rates import LearnedRates
 from layers.linear import Linear
 from layers.mlp import Mlp
 from layers.norms import LayerNorm
@@ -30,6 +32,10 @@ SHAPES = {
     "L": (1024, 24, 16, 4096),
     "H": (1280, 32, 16, 5120),
 }
+
+# Each reduction with the tokens that it reduced, and `(sum, count)` of each named loss.
+Steps = tuple[tuple[Reduction | DenseReduction, TokenSet], ...]
+Losses = dict[str, tuple[Array, Array]]
 
 
 class Block(nn.Module):
@@ -60,47 +66,52 @@ class Block(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, tokens: TokenSet) -> tuple[TokenSet, tuple[Reduction | DenseReduction, ...]]:
-        """The tokens after the block, and the reductions done in it, in order."""
+    def __call__(self, tokens: TokenSet, labels: Int[Array, " B"] | None = None) -> tuple[TokenSet, Steps, Losses]:
+        """The tokens after the block, the reductions done in it, in order, and the losses of its hooks."""
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         acting = any(hook.acts(self.layer, tokens.features.shape[1]) for hook in self.hooks)
         wanted = {name for hook in self.hooks for name in hook.signals if acting}
         y = LayerNorm(self.norm_epsilon, name="attention_norm", **common)(tokens.features)
         y, signals = Attention(self.heads, implementation=self.implementation, name="attention", **common)(
-            y, key_bias=self._key_bias(tokens), signals=tuple(name for name in SIGNALS if name in wanted)
+            y,
+            key_bias=self._key_bias(tokens),
+            key_mask=tokens.keep,
+            signals=tuple(name for name in SIGNALS if name in wanted),
         )
         signals = signals.replace(layer=self.layer, grid=self.grid, cls_token=self.class_token)
         tokens = tokens.replace(features=tokens.features + self._drop(y))
-        tokens, signals, before = self._reduce("between", tokens, signals)
+        tokens, signals, steps, losses = self._reduce("between", tokens, signals, labels)
         y = LayerNorm(self.norm_epsilon, name="mlp_norm", **common)(tokens.features)
         y = Mlp(self.mlp_dim, self.activation, dropout=self.dropout, name="mlp", **common)(
             y, deterministic=self.deterministic
         )
         tokens = tokens.replace(features=tokens.features + self._drop(y))
-        tokens, _, after = self._reduce("after", tokens, signals)
-        return tokens, before + after
+        tokens, _, after, more = self._reduce("after", tokens, signals, labels)
+        return tokens, steps + after, losses | more
 
     def _key_bias(self, tokens: TokenSet) -> Float[Array, "B N"] | None:
         if not self.weighted:
             return None
-        return tokens.log_mass if self.proportional else jnp.where(tokens.valid, 0.0, -jnp.inf)
+        return tokens.log_mass if self.proportional else jnp.where(tokens.mass > 0, 0.0, -jnp.inf)
 
     def _drop(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         return nn.Dropout(self.dropout)(x, deterministic=self.deterministic)
 
     def _reduce(
-        self, place: str, tokens: TokenSet, signals: Signals
-    ) -> tuple[TokenSet, Signals, tuple[Reduction | DenseReduction, ...]]:
+        self, place: str, tokens: TokenSet, signals: Signals, labels: Array | None
+    ) -> tuple[TokenSet, Signals, Steps, Losses]:
         """Runs the hooks of one place."""
-        done = ()
+        steps, losses = (), {}
         for hook in self.hooks:
             if hook.place != place or not hook.acts(self.layer, tokens.features.shape[1]):
                 continue
             rng = self.make_rng("reduction") if "rng" in hook.signals else None
             reduction = hook(tokens, signals.replace(rng=rng))
+            if labels is not None and isinstance(hook, LearnedHook):
+                losses |= hook.losses(tokens, signals, labels)
+            steps += ((reduction, tokens),)
             tokens, signals = reduction.apply(tokens), follow(signals, reduction)
-            done += (reduction,)
-        return tokens, signals, done
+        return tokens, signals, steps, losses
 
 
 class ViT(nn.Module):
@@ -113,9 +124,13 @@ class ViT(nn.Module):
       pool: "cls" (the class token) or "mean" (of patch tokens, each counted by its mass).
       class_token: whether there is one; None for only with pool="cls".
       positions: "learned" or "sincos2d".
+      distillation_token: slot 1 is a distillation token with a classifier of its own, and logits are the mean of both (DeiT at
+        inference). Reductions protect slot 0 alone, so that such a model takes none.
       representation: width of a tanh layer before the head; None for none.
       hooks: what reduces the tokens; see `layers.hooks`.
       proportional_attention: log mass in the attention logits once tokens have merged (ToMe eq. 1).
+      last_layer_fusion: before the last block every token is back: those that were dropped as they were then, merged ones
+        with the features of their slot (Cropr's fusion); hooks do not act there.
       remat: recomputes each block in the backward pass.
       scan_layers: one block scanned over stacked parameters (fast compilation); without hooks only.
 
@@ -133,9 +148,11 @@ class ViT(nn.Module):
     pool: str = "cls"
     class_token: bool | None = None
     positions: str = "learned"
+    distillation_token: bool = False
     representation: int | None = None
     hooks: tuple[Hook, ...] = ()
     proportional_attention: bool = True
+    last_layer_fusion: bool = False
     remat: bool = False
     scan_layers: bool = False
     activation: str = "gelu"
@@ -173,8 +190,8 @@ class ViT(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """N before the first layer, the class token included."""
-        return self.grid[1] * self.grid[2] + self.has_class_token
+        """N before the first layer, the class token and a distillation token included."""
+        return self.grid[1] * self.grid[2] + self.has_class_token + self.distillation_token
 
     def spec(self) -> flops.ViTSpec:
         """Sizes for `adaptive.flops.count`."""
@@ -187,6 +204,8 @@ class ViT(nn.Module):
             image_size=self.image_size,
             channels=self.channels,
             cls_token=self.has_class_token,
+            distillation_token=self.distillation_token,
+            last_layer_fusion=self.last_layer_fusion,
         )
 
     @nn.compact
@@ -195,6 +214,7 @@ class ViT(nn.Module):
         pixel_values: Float[Array, "B y x c"],
         *,
         token_mask: Bool[Array, "B P"] | None = None,
+        labels: Int[Array, " B"] | None = None,
         deterministic: bool = True,
     ) -> tuple[Array, dict[str, Any]]:
         """Logits `[B, num_classes]` in float32 (or features `[B, D]`), and aux.
@@ -202,11 +222,13 @@ class ViT(nn.Module):
         Args:
           pixel_values: `[B, height, width, c]`.
           token_mask: `[B, h w]` True for patches that belong to the image; all when None.
+          labels: `[B]` classes, for hooks with losses of their own; None leaves those out.
           deterministic: without dropout; else the rng "dropout" is needed.
 
         Returns:
           aux has "tokens" `[L, B]` real tokens after each layer; "reduction", all layers composed, from the input tokens to
-          the final ones, or None; "token_set", the final tokens after the last norm; "losses", empty.
+          the final ones, or None; "token_set", the final tokens after the last norm; "losses" `{name: (sum, count)}`, those
+          of learned hooks.
 
         Raises:
           ValueError: the image has another shape than `image_size`, a hook under `scan_layers`, a schedule of another depth.
@@ -214,14 +236,17 @@ class ViT(nn.Module):
         self._check(pixel_values)
         tokens = self._embed(pixel_values, token_mask, deterministic)
         if self.scan_layers:
-            tokens, reduction = self._scan(tokens, token_mask is not None, deterministic), None
+            tokens, reduction, losses = self._scan(tokens, token_mask is not None, deterministic), None, {}
             counts = jnp.broadcast_to(tokens.count, (self.depth, tokens.count.shape[0]))
         else:
-            tokens, reduction, counts = self._unroll(tokens, token_mask is not None, deterministic)
+            tokens, reduction, counts, losses = self._unroll(tokens, token_mask is not None, labels, deterministic)
         features = LayerNorm(self.norm_epsilon, self.dtype, self.param_dtype, name="final_norm")(tokens.features)
         tokens = tokens.replace(features=features)
-        aux = {"tokens": counts, "reduction": reduction, "token_set": tokens, "losses": {}}
-        return self._head(self._pool(tokens)), aux
+        aux = {"tokens": counts, "reduction": reduction, "token_set": tokens, "losses": losses}
+        logits = self._head(self._pool(tokens), "head")
+        if self.distillation_token and self.num_classes:
+            logits = 0.5 * (logits + self._head(tokens.features[:, 1], "distillation_head"))
+        return logits, aux
 
     def _check(self, pixels: Array) -> None:
         if pixels.shape[1:] != (*self.image_size, self.channels):
@@ -235,15 +260,24 @@ class ViT(nn.Module):
             )
         if self.pool == "cls" and not self.has_class_token:
             raise ValueError("pool='cls' needs a class token; set pool='mean' or class_token=None")
+        if self.distillation_token and (self.pool != "cls" or self.hooks):
+            raise ValueError(
+                f"a model with a distillation token needs pool='cls' and no hooks, which would not protect slot 1; got "
+                f"pool={self.pool!r} and {len(self.hooks)} hook(s). Undistilled DeiT checkpoints take reductions"
+            )
         if self.scan_layers and self.hooks:
             raise ValueError(
                 "adaptive shapes need unrolled layers: set scan_layers=False for a model with hooks; use "
                 "layers.stacking.unstack on the parameters of a scanned one"
             )
         for hook in self.hooks:
-            if isinstance(hook, Reduce) and len(hook.counts) != self.depth:
+            if isinstance(hook, LearnedRates):
+                self._check_rates(hook)
+            counts = getattr(hook, "counts", None)
+            if counts is not None and len(counts) != self.depth:
+                method = hook.method if isinstance(hook, Reduce) else type(hook).__name__
                 raise ValueError(
-                    f"the schedule of {hook.method!r} has {len(hook.counts)} counts for {self.depth} layers: {hook.counts}"
+                    f"the schedule of {method!r} has {len(counts)} counts for {self.depth} layers: {counts}"
                 )
             if "cls_attention" in hook.signals and not self.has_class_token:
                 raise ValueError(
@@ -251,6 +285,16 @@ class ViT(nn.Module):
                 )
             if hook.place not in PLACES:
                 raise ValueError(f"{type(hook).__name__}.place={hook.place!r} is not one of {PLACES}")
+
+    def _check_rates(self, hook: LearnedRates) -> None:
+        if len(self.hooks) > 1:
+            raise ValueError("learned rates mask tokens that other hooks would take as there; use them alone")
+        patches = self.num_tokens - self.has_class_token
+        if (hook.layers, hook.patches) != (self.depth, patches):
+            raise ValueError(
+                f"learned rates for {hook.layers} layers and {hook.patches} patches do not fit a model of {self.depth} layers "
+                f"and {patches} patches"
+            )
 
     def _embed(self, pixels: Array, token_mask: Array | None, deterministic: bool) -> TokenSet:
         """Patches, class token and positions as a token set."""
@@ -261,12 +305,13 @@ class ViT(nn.Module):
         if self.positions == "sincos2d":
             x += sincos_2d(height, width, self.width).astype(self.dtype)
         if self.has_class_token:
+            names = ("class_token", "distillation_token")[: 1 + self.distillation_token]
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
-            token = self.param("class_token", init, (self.width,), self.param_dtype).astype(self.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, self.width)), x], axis=1)
-            coords = jnp.concatenate([jnp.full((1, 2), -1.0), coords])
+            added = [self.param(name, init, (self.width,), self.param_dtype).astype(self.dtype) for name in names]
+            x = jnp.concatenate([*(jnp.broadcast_to(token, (batch, 1, self.width)) for token in added), x], axis=1)
+            coords = jnp.concatenate([jnp.full((len(added), 2), -1.0), coords])
             if token_mask is not None:
-                token_mask = jnp.pad(token_mask, ((0, 0), (1, 0)), constant_values=True)
+                token_mask = jnp.pad(token_mask, ((0, 0), (len(added), 0)), constant_values=True)
         if self.positions == "learned":
             x = LearnedPositions(name="positions", **common)(x)
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
@@ -290,20 +335,25 @@ class ViT(nn.Module):
         )
 
     def _unroll(
-        self, tokens: TokenSet, weighted: bool, deterministic: bool
-    ) -> tuple[TokenSet, Reduction | DenseReduction | None, Array]:
-        """All blocks; the composed reduction; the counts `[L, B]`."""
-        total, counts = None, []
+        self, tokens: TokenSet, weighted: bool, labels: Array | None, deterministic: bool
+    ) -> tuple[TokenSet, Reduction | DenseReduction | None, Array, Losses]:
+        """All blocks; the composed reduction; the counts `[L, B]`; the losses of hooks."""
+        padded, steps, counts, losses = weighted, (), [], {}
         for layer in range(self.depth):
+            hooks = self.hooks
+            if self.last_layer_fusion and layer == self.depth - 1:
+                tokens, steps, weighted, hooks = _bring_back(tokens, steps), (), padded, ()
             block = self._block(
-                layer=layer, weighted=weighted, hooks=self.hooks, deterministic=deterministic, name=f"block_{layer}"
+                layer=layer, weighted=weighted, hooks=hooks, deterministic=deterministic, name=f"block_{layer}"
             )
-            tokens, reductions = block(tokens)
-            for reduction in reductions:
-                total = reduction if total is None else total.then(reduction)
-            weighted = weighted or bool(reductions)
+            tokens, done, more = block(tokens, labels)
+            steps, losses = steps + done, losses | more
+            weighted = weighted or bool(done)
             counts.append(tokens.count)
-        return tokens, total, jnp.stack(counts)
+        total = None
+        for reduction, _ in steps:
+            total = reduction if total is None else total.then(reduction)
+        return tokens, total, jnp.stack(counts), losses
 
     def _scan(self, tokens: TokenSet, weighted: bool, deterministic: bool) -> TokenSet:
         def body(block: Block, tokens: TokenSet, _: None) -> tuple[TokenSet, None]:
@@ -322,11 +372,11 @@ class ViT(nn.Module):
         if self.pool == "cls":
             return tokens.features[:, 0]
         first = int(self.has_class_token)
-        features, mass = tokens.features[:, first:].astype(jnp.float32), tokens.mass[:, first:]
-        total = jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1.0)
+        features, mass = tokens.features[:, first:].astype(jnp.float32), tokens.kept_mass[:, first:]
+        total = jax.lax.stop_gradient(jnp.maximum(jnp.sum(mass, axis=-1, keepdims=True), 1.0))
         return jnp.einsum("bnd,bn->bd", features, mass / total).astype(self.dtype)
 
-    def _head(self, pooled: Float[Array, "B D"]) -> Array:
+    def _head(self, pooled: Float[Array, "B D"], name: str) -> Array:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.representation is not None:
             pooled = jnp.tanh(Linear((self.representation,), ("embed", "mlp"), name="representation", **common)(pooled))
@@ -334,4 +384,12 @@ class ViT(nn.Module):
             return pooled
         axes = ("embed" if self.representation is None else "mlp", "classes")
         init = nn.initializers.truncated_normal(0.02)
-        return Linear((self.num_classes,), axes, kernel_init=init, name="head", **common)(pooled).astype(jnp.float32)
+        return Linear((self.num_classes,), axes, kernel_init=init, name=name, **common)(pooled).astype(jnp.float32)
+
+
+def _bring_back(tokens: TokenSet, steps: Steps) -> TokenSet:
+    """The tokens before the first of `steps`, each with the last features that it, or the slot that it joined, had."""
+    features = tokens.features
+    for reduction, before in reversed(steps):
+        features = reduction.restore(features, before.features)
+    return steps[0][1].replace(features=features) if steps else tokens

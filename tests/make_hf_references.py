@@ -2,16 +2,19 @@
 """Writes the tiny random checkpoints under tests/data/hf with the outputs that their own libraries give for them.
 
     python tests/make_hf_references.py t5
+    python tests/make_hf_references.py vit
     python tests/make_hf_references.py mrt5 --mrt5-code=DIR
 
-`t5` needs torch 2.13.0, transformers 5.23.0 and safetensors; no part of the project does, and tests read the stored files
-only. `mrt5` needs DIR, a checkout of https://github.com/jkallini/mrt5, and the version of transformers that it names, 4.39.1,
-with torch 2.13.0: so it runs in an environment of its own, and the public code needs no change there.
+`t5` and `vit` need torch 2.13.0, transformers 5.23.0 and safetensors; no part of the project does, and tests read the stored
+files only. `mrt5` needs DIR, a checkout of https://github.com/jkallini/mrt5, and the version of transformers that it names,
+4.39.1, with torch 2.13.0: so it runs in an environment of its own, and the public code needs no change there.
 
 Each folder of tests/data/hf holds config.json and tensors as they are published, and references.npz: `input_ids [B, N]`,
 `attention_mask [B, N]`, `decoder_input_ids [B, T]`, and what the library computes from them in float32: "logits [B, T, V]"
 or, for an encoder, "features [B, N, D]"; for an MrT5 the logits "soft" and "hard", and "delete_gate [B, N]". The last
-row of a batch is padded to a single token. Where tensors are stored in half precision, the library reads those.
+row of a batch is padded to a single token. A ViT, DeiT or ViT-MAE has `pixel_values [B, height, width, c]`, its
+preprocessor_config.json and "logits [B, c]", "features [B, D]" (the pooler's output) or "tokens [B, N, D]" (without
+masking). Where tensors are stored in half precision, the library reads those.
 """
 
 import argparse
@@ -51,6 +54,31 @@ MRT5 = {
     "mrt5_small": (dict(SMALL, **GATE, delete_gate_layer=1), torch.float16),
     "mrt5_wide": (dict(WIDE, **GATE, delete_gate_layer=2), torch.bfloat16),
 }
+
+
+# As google/vit-*, its in21k models, facebook/deit-*-distilled-* and facebook/vit-mae-* are; MAE with a decoder to be left out.
+TINY_VIT = dict(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, patch_size=4)
+VIT = {
+    "vit_small": ("ViTForImageClassification", dict(TINY_VIT, image_size=12, num_labels=5), torch.float32),
+    "vit_in21k_small": (
+        "ViTModel",
+        dict(TINY_VIT, image_size=[8, 12], num_attention_heads=3, num_hidden_layers=3, pooler_output_size=12),
+        torch.bfloat16,
+    ),
+    "deit_distilled_small": (
+        "DeiTForImageClassificationWithTeacher",
+        dict(TINY_VIT, image_size=12, num_labels=5, hidden_act="gelu_new"),
+        torch.float32,
+    ),
+    "vit_mae_small": (
+        "ViTMAEForPreTraining",
+        dict(
+            TINY_VIT, image_size=12, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+            decoder_intermediate_size=8, mask_ratio=0.0,
+        ),
+        torch.float16,
+    ),
+}  # fmt: skip
 
 
 def batch(vocabulary, seed, encoder=False):
@@ -150,6 +178,51 @@ def mrt5(code):
         print(f"{name}: seed {seed}")
 
 
+def vit():
+    """ViT, DeiT and ViT-MAE by transformers."""
+    import transformers
+
+    for seed, (name, (architecture, settings, dtype)) in enumerate(VIT.items()):
+        kind = "vit_mae" if "MAE" in architecture else "deit" if "DeiT" in architecture else "vit"
+        made = {"vit": transformers.ViTConfig, "deit": transformers.DeiTConfig, "vit_mae": transformers.ViTMAEConfig}[
+            kind
+        ]
+        model = getattr(transformers, architecture)(made(**settings)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.3
+            values = 1 + 0.2 * values if "norm" in key and key.endswith("weight") else values * scale
+            parameter.data = values.to(dtype).float()
+        folder = FOLDER / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model.to(dtype).save_pretrained(folder)
+        config = {"model_type": kind, "architectures": [architecture], "torch_dtype": str(dtype).removeprefix("torch.")}
+        labels = settings.get("num_labels")
+        config |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}} if labels else {}
+        config |= {key: value for key, value in settings.items() if key != "num_labels"}
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        facts = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 0.2], "size": 12}
+        (folder / "preprocessor_config.json").write_text(json.dumps(facts) + "\n")
+        height, width = (
+            settings["image_size"] if isinstance(settings["image_size"], list) else (settings["image_size"],) * 2
+        )
+        pixels = torch.randn((2, 3, height, width), generator=generator)
+        # From the folder, so that the outputs are what a reader of the published files gets.
+        read = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            if kind == "vit_mae":
+                patches = read.config.image_size**2 // read.config.patch_size**2
+                order = torch.arange(patches).expand(2, -1) / patches
+                outputs = {"tokens": read.vit(pixels, noise=order).last_hidden_state}
+            elif architecture == "ViTModel":
+                outputs = {"features": read(pixels).pooler_output}
+            else:
+                outputs = {"logits": read(pixels).logits}
+        arrays = {"pixel_values": pixels.permute(0, 2, 3, 1).contiguous()} | outputs
+        np.savez_compressed(folder / "references.npz", **{key: array.numpy() for key, array in arrays.items()})
+
+
 def deleting(model, seed, dtype):
     """Inputs and outputs when hard deletion keeps some tokens of each row, not all, at different counts; else None."""
     randomise(model, seed, dtype)
@@ -172,13 +245,13 @@ def deleting(model, seed, dtype):
 def main():
     """Reads the arguments and writes the folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("t5", "mrt5"))
+    parser.add_argument("what", choices=("t5", "vit", "mrt5"))
     parser.add_argument("--mrt5-code", type=pathlib.Path, help="a checkout of the public MrT5 code")
     options = parser.parse_args()
     if options.what == "mrt5" and options.mrt5_code is None:
         parser.error("mrt5 needs --mrt5-code=DIR")
     torch.manual_seed(0)
-    t5() if options.what == "t5" else mrt5(options.mrt5_code)
+    {"t5": t5, "vit": vit, "mrt5": lambda: mrt5(options.mrt5_code)}[options.what]()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def with_data(config: ConfigDict, folder: pathlib.Path) -> ConfigDict:
         if not (DATA / "tfds").exists():
             pytest.skip("needs the CIFAR-10 folder: set ADAPTIVE_DATA_DIR to a folder that holds tfds/cifar10")
         section.data_dir = str(DATA / "tfds")
+        section.name = "cifar10"
     if section.source == "pairs":
         section.data_dir = tiny_data.write_pairs(folder)
         section.name = {"xnli": "tiny_xnli", "tydi_qa": "tiny_tydi"}[section.pairs]

@@ -4,6 +4,28 @@
 Shared parts: `select` (scores to survivors), `match` (who is alike), `combine` (who joins whom to coefficients).
 """
 
-from adaptive.reduction import combine, match, pruning, select, tome
+from adaptive.reduction import (
+    clustering,
+    combine,
+    cropr,
+    diffrate,
+    ficoco,
+    match,
+    pruning,
+    select,
+    token_transforming,
+    tome,
+)
 
-__all__ = ["combine", "match", "pruning", "select", "tome"]
+__all__ = [
+    "clustering",
+    "combine",
+    "cropr",
+    "diffrate",
+    "ficoco",
+    "match",
+    "pruning",
+    "select",
+    "token_transforming",
+    "tome",
+]

@@ -7,12 +7,18 @@ Shapes: B batch, N tokens, A and K the two sides of a bipartite split, C channel
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from adaptive.tokens import Signals, TokenSet
 from pallas_kernels.bipartite_match import bipartite_match
 
 # Padding joins anything, so that it is the first to go; a real token that has only padding to join is the last.
 _PADDING, _ALONE = 1e20, -1e30
+
+
+def unprotected(tokens: TokenSet, signals: Signals) -> Bool[Array, "B N"]:
+    """True for the real tokens that may join others and be joined: all but the class token."""
+    return tokens.valid.at[:, 0].set(False) if signals.cls_token else tokens.valid
 
 
 def best_partner(
@@ -38,3 +44,23 @@ def best_partner(
     if cls_token:
         similarity, partner = similarity.at[:, 0].set(-jnp.inf), partner.at[:, 0].set(0)
     return similarity, partner
+
+
+def nearest_slot(
+    metric: Float[Array, "B N C"], slots: Int[Array, "B M"], *, cls_token: bool
+) -> tuple[Float[Array, "B N"], Int[Array, "B N"]]:
+    """The slot with the most similar head (cosine) for every token, and the similarity.
+
+    Args:
+      metric: `[B, N, C]`; no gradient flows through the matching.
+      slots: `[B, M]` token that heads each slot; -1 where none does, and nothing is matched to that slot.
+      cls_token: nothing is matched to slot 0.
+
+    Returns:
+      `(similarity [B, N], slot [B, N])`; -inf and 0 where no slot is left.
+    """
+    heads = jnp.take_along_axis(metric, jnp.maximum(slots, 0)[..., None], axis=1)
+    bias = jnp.where(slots >= 0, 0.0, -jnp.inf)
+    bias = bias.at[:, 0].set(-jnp.inf) if cls_token else bias
+    similarity, slot = bipartite_match(metric, heads, bias=bias, metric="cosine")
+    return similarity[..., 0], slot[..., 0]

@@ -11,6 +11,7 @@ from experiments.bench import (
     bipartite_match,
     block_sparse_attention,
     compact,
+    diffrate,
     generate,
     merge,
     mrt5,
@@ -21,6 +22,7 @@ from experiments.bench import (
 
 BENCHES = {
     "tome": tome,
+    "diffrate": diffrate,
     "mrt5": mrt5,
     "generate": generate,
     "block_sparse_attention": block_sparse_attention,

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measure
-from experiments.bench.mrt5 import floats
-from experiments.bench.tome import _call
+from experiments.bench.flags import floats
 from pallas_kernels.biased_flash_attention import biased_attention
 from pallas_kernels.block_sparse_attention import block_sparse_attention, from_scores
 
@@ -67,10 +66,10 @@ def _row(options: argparse.Namespace, arrays: tuple[Any, ...], scores: Any, list
     index = jax.jit(lists)(scores)
     attend = {"causal": options.causal, "implementation": options.implementation}
     functions = {
-        "dense": _call(lambda *a: jax.nn.dot_product_attention(*a, is_causal=options.causal), *arrays),
-        "own_dense": _call(lambda *a: biased_attention(*a, causal=options.causal), *arrays),
-        "sparse": _call(lambda *a: block_sparse_attention(*a, **attend), *arrays, index),
-        "lists": _call(lists, scores),
+        "dense": measure.compiled_call(lambda *a: jax.nn.dot_product_attention(*a, is_causal=options.causal), *arrays),
+        "own_dense": measure.compiled_call(lambda *a: biased_attention(*a, causal=options.causal), *arrays),
+        "sparse": measure.compiled_call(lambda *a: block_sparse_attention(*a, **attend), *arrays, index),
+        "lists": measure.compiled_call(lists, scores),
     }
     times = measure.interleaved(functions, repeats=options.repeats)
     medians = {name: time.median for name, time in times.items()}

@@ -21,8 +21,8 @@ from flax.core import meta
 
 from adaptive import flops, ragged
 from experiments import measure
-from experiments.bench.mrt5 import floats, set_deleted_share
-from experiments.bench.tome import _call, integers
+from experiments.bench.flags import floats, integers
+from experiments.bench.mrt5 import set_deleted_share
 from layers import generation
 from layers.t5 import SHAPES, T5
 
@@ -83,7 +83,9 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, ids: Any) -> I
         generate[share] = functools.partial(generation.generate_t5, model, own, ids, **how, **settings)
         decode[share] = functools.partial(decoder, own, encoded, how["rungs"])
         if share == DENSE:
-            again = _call(functools.partial(_decode_again, model, steps=options.max_length), own, encoded)
+            again = measure.compiled_call(
+                functools.partial(_decode_again, model, steps=options.max_length), own, encoded
+            )
     common = _Common(options, model, ids.shape[0])
     times = measure.interleaved({"uncached": again, "cached": decode[DENSE]}, repeats=options.repeats)
     macs = [options.max_length * common.scoring(options.length), common.decoding(options.length)]

@@ -19,13 +19,8 @@ from flax.core import meta
 
 from adaptive import flops, ragged
 from experiments import measure
-from experiments.bench.tome import _call, integers
+from experiments.bench.flags import floats, integers
 from layers.t5 import SHAPES, T5
-
-
-def floats(text: str) -> tuple[float, ...]:
-    """Reads "0.5,0.75" as (0.5, 0.75)."""
-    return tuple(float(part) for part in text.split(","))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +68,10 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, batch: int, de
         hard = jax.jit(lambda v, i, t: model.apply(v, i, None, t, deletion="hard"))
         kept = hard(variables, ids, decoder)[1]["tokens"][-1]
         functions = {
-            "dense": _call(lambda v, i, t: model.apply(v, i, None, t)[0], variables, ids, decoder),
-            "hard": _call(lambda v, i, t: model.apply(v, i, None, t, deletion="hard")[0], variables, ids, decoder),
+            "dense": measure.compiled_call(lambda v, i, t: model.apply(v, i, None, t)[0], variables, ids, decoder),
+            "hard": measure.compiled_call(
+                lambda v, i, t: model.apply(v, i, None, t, deletion="hard")[0], variables, ids, decoder
+            ),
         }
         times = measure.interleaved(functions, repeats=options.repeats)
         sizes = dict(batch=batch, inputs=options.length, targets=0 if decoder is None else options.targets)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from adaptive import ragged
 from experiments import measure
-from experiments.bench.mrt5 import floats
+from experiments.bench.flags import floats
 from pallas_kernels.ragged_prefix_mlp import specs
 
 

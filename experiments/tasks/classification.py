@@ -71,13 +71,18 @@ class Classification:
     def loss(
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
-        """Mean cross-entropy, and metrics."""
+        """Mean cross-entropy plus the losses of the model's hooks, and metrics."""
         del step, extra
         dropout, reduction = jax.random.split(rng)
         rngs = {"dropout": dropout, "reduction": reduction}
-        logits, _ = self.model.apply({"params": params}, batch["image"], deterministic=not train, rngs=rngs)
+        labels = batch["label"] if train else None
+        logits, aux = self.model.apply(
+            {"params": params}, batch["image"], labels=labels, deterministic=not train, rngs=rngs
+        )
         losses = _cross_entropy(logits, batch["label"])
-        return jnp.sum(losses) / normalizers["examples"], self._metrics(logits, batch, jnp.ones_like(losses))
+        own = sum(total for total, _ in aux["losses"].values())
+        loss = (jnp.sum(losses) + own) / normalizers["examples"]
+        return loss, self._metrics(logits, batch, jnp.ones_like(losses)) | aux["losses"]
 
     def update_extra(self, extra: Any, metrics: Any, step: Any) -> Any:
         """Nothing to carry."""

@@ -11,21 +11,33 @@ from typing import Any
 import jax.numpy as jnp
 
 from adaptive import budgets, registry
-from layers.hooks import Reduce
+from adaptive.rates.schedules import Schedule
+from layers.cropr import Cropr
+from layers.hooks import Hook, Reduce
+from layers.learned_rates import LearnedRates
 from layers.t5 import T5
 from layers.vit import ViT
 
-# Tokens to remove at each layer: `schedule` as it stands, else `r` everywhere, ramped when `inflection` is not 0.
+# Tokens to remove at each layer: `schedule` as it stands, else `r` everywhere, ramped when `inflection` is not 0; or `counts`,
+# the tokens left after each layer. `layered` holds hyper-parameters with one value a layer.
 REDUCTION = {
     "method": "",
     "r": 0,
     "inflection": 0.0,
     "schedule": (),
+    "counts": (),
+    "layered": {},
     "clamp": False,
     "place": "between",
     "hyper": {},
 }
 
+# Reductions whose hook is a module with parameters.
+LEARNED = {"cropr": Cropr}
+
+# Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two candidates,
+# and the layers at both ends that stay whole.
+RATES = {"target": 0.6, "weight": 100.0, "granularity": 1, "first": 1, "last": 0}
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
 NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
@@ -35,6 +47,12 @@ def reduction_section(**values: Any) -> dict[str, Any]:
     """The `reduction` section of a ViT's model config, with `values` in place of the defaults ("" is no reduction)."""
     check_keys("model.reduction", values, REDUCTION)
     return {**REDUCTION, **values}
+
+
+def rates_section(**values: Any) -> dict[str, Any]:
+    """The `rates` section of a ViT's model config, with `values` in place of the defaults."""
+    check_keys("model.rates", values, RATES)
+    return {**RATES, **values}
 
 
 def check_keys(section: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -66,8 +84,12 @@ def _attributes(module: type, section: Mapping[str, Any], taken: Iterable[str]) 
     return {key: _plain(value) for key, value in section.items() if key not in taken}
 
 
-def reduce_hooks(reduction: Mapping[str, Any], *, layers: int, tokens: int, protected: int) -> tuple[Reduce, ...]:
+def reduce_hooks(
+    reduction: Mapping[str, Any], *, layers: int, tokens: int, protected: int, num_classes: int = 0
+) -> tuple[Hook, ...]:
     """The hook that a `reduction` section describes; none when its method is empty.
+
+    The hyper-parameters of a learned one are attributes of its module, which also classifies images into `num_classes`.
 
     Raises:
       ValueError, KeyError: unknown keys or methods, or a schedule that the tokens do not allow.
@@ -77,11 +99,22 @@ def reduce_hooks(reduction: Mapping[str, Any], *, layers: int, tokens: int, prot
     if not settings["method"]:
         return ()
     record = registry.describe(settings["method"])
+    counts = _counts(settings, layers, tokens, protected, record.removes_half)
+    hyper = dict(settings["hyper"])
+    if record.name in LEARNED:
+        return (LEARNED[record.name](counts, num_classes, place=settings["place"], **hyper),)
+    layered = tuple(sorted((name, _plain(values)) for name, values in dict(settings["layered"]).items()))
+    return (Reduce(record.name, counts, tuple(sorted(hyper.items())), settings["place"], layered),)
+
+
+def _counts(
+    settings: Mapping[str, Any], layers: int, tokens: int, protected: int, halving: bool
+) -> tuple[int, ...]:
+    """Tokens after each layer: given, or from the tokens to remove."""
+    if settings["counts"]:
+        return Schedule.of_counts(settings["counts"]).check(layers, tokens).counts
     schedule = budgets.removal_schedule(_schedule(settings), layers)
-    counts = budgets.token_counts(
-        schedule, tokens, protected=protected, clamp=settings["clamp"], halving=record.removes_half
-    )
-    return (Reduce(record.name, counts, tuple(sorted(dict(settings["hyper"]).items())), settings["place"]),)
+    return budgets.token_counts(schedule, tokens, protected=protected, clamp=settings["clamp"], halving=halving)
 
 
 def _schedule(settings: Mapping[str, Any]) -> Any:
@@ -96,16 +129,31 @@ def build_vit(section: Mapping[str, Any], *, image_size: int, channels: int, dty
     Raises:
       ValueError: unknown keys, or a reduction that does not fit.
     """
-    attributes = _attributes(ViT, section, ("variant", "reduction", "image_size", "channels"))
+    attributes = _attributes(ViT, section, ("variant", "reduction", "rates", "image_size", "channels"))
     attributes |= dict(image_size=(image_size, image_size), channels=channels, dtype=jnp.dtype(dtype))
     variant = section.get("variant", "")
     model = ViT.named(variant, **attributes) if variant else ViT(**attributes)
+    if "rates" in section:
+        return model.clone(hooks=(_learned_rates(model, section),))
     return model.clone(hooks=with_reduction(model, section.get("reduction", {})).hooks)
 
 
+def _learned_rates(model: ViT, section: Mapping[str, Any]) -> LearnedRates:
+    """The hook of a `rates` section; `target` and `weight` are the task's."""
+    if section.get("reduction", {}).get("method"):
+        raise ValueError("config.model has both a reduction and rates; rates are learned alone, so set one of them")
+    check_keys("model.rates", section["rates"], RATES)
+    rates = {**RATES, **section["rates"]}
+    patches = model.num_tokens - model.has_class_token
+    return LearnedRates(model.depth, patches, rates["granularity"], rates["first"], rates["last"])
+
+
 def with_reduction(model: ViT, reduction: Mapping[str, Any]) -> ViT:
-    """The same ViT under another reduction; its parameters fit, since reductions of the registry have none."""
-    hooks = reduce_hooks(reduction, layers=model.depth, tokens=model.num_tokens, protected=int(model.has_class_token))
+    """The same ViT under another reduction; its parameters fit, and a learned reduction has more of its own."""
+    protected = int(model.has_class_token)
+    hooks = reduce_hooks(
+        reduction, layers=model.depth, tokens=model.num_tokens, protected=protected, num_classes=model.num_classes
+    )
     return model.clone(hooks=hooks)
 
 

@@ -12,7 +12,7 @@ import pytest
 from adaptive import budgets, registry
 from adaptive.chunking import chunks as chunks_lib
 from adaptive.deletion import gate as deletion_gate
-from adaptive.tokens import Reduction, Signals, TokenSet
+from adaptive.tokens import DenseReduction, Reduction, Signals, TokenSet
 
 BATCH, LENGTH, WIDTH = 3, 12, 6
 REDUCTIONS = registry.names("reduction")
@@ -34,6 +34,7 @@ def make_signals(name, seed=0, cls_token=True):
         attention=attention,
         cls_attention=attention[:, :, 0].mean(1),
         column_sums=attention.sum(2).mean(1),
+        text_attention=rng.random((BATCH, 3, LENGTH)).astype(np.float32),
         token_ids=rng.integers(3, 259, (BATCH, LENGTH)),
         gate_logits=rng.normal(size=(BATCH, LENGTH)).astype(np.float32) * 3,
         boundary_logits=rng.normal(size=(BATCH, LENGTH)).astype(np.float32),
@@ -52,9 +53,13 @@ def make_tokens(dtype=jnp.float32, lengths=(LENGTH, LENGTH, LENGTH), seed=1):
     return TokenSet.create(features, mask=jnp.asarray(mask), mass=jnp.asarray(rng.integers(1, 4, (BATCH, LENGTH))))
 
 
+# The compiler takes most of the time here; without its optimisations it takes half.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+
 @functools.cache
 def compiled(name, budget):
-    return jax.jit(lambda tokens, signals: registry.get(name)(tokens, signals, budget))
+    return _jit(lambda tokens, signals: registry.get(name)(tokens, signals, budget))
 
 
 def run(name, tokens, signals, budget=8) -> Reduction:
@@ -107,6 +112,8 @@ def test_origin_follows_assign_and_heads_sit_in_their_slots(name):
     origin = np.asarray(tokens.origin)
     want = np.where(origin >= 0, np.take_along_axis(np.asarray(out.assign), np.maximum(origin, 0), 1), -1)
     np.testing.assert_array_equal(out.apply(tokens).origin, want)
+    if isinstance(out, DenseReduction):
+        return
     for row in range(BATCH):
         for slot, head in enumerate(np.asarray(out.slots[row])):
             assert head < 0 or out.assign[row, head] == slot
@@ -116,7 +123,9 @@ def test_origin_follows_assign_and_heads_sit_in_their_slots(name):
 def test_the_class_token_stays_first_and_alone(name):
     tokens = make_tokens()
     out = run(name, tokens, make_signals(name))
-    np.testing.assert_array_equal(out.slots[:, 0], 0)
+    matrix = np.asarray(out.matrix())
+    np.testing.assert_array_equal(matrix[:, 0], np.eye(LENGTH)[[0] * BATCH])
+    assert not matrix[:, 1:, 0].any()
     np.testing.assert_array_equal((np.asarray(out.assign) == 0).sum(-1), 1)
 
 
@@ -138,9 +147,9 @@ def test_rows_do_not_see_each_other(name):
     whole = run(name, tokens, signals)
     for row in range(BATCH):
         single = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (tokens, signals))
-        alone = registry.get(name)(*single, 8)
+        alone = run(name, *single)
         np.testing.assert_array_equal(alone.assign[0], whole.assign[row])
-        np.testing.assert_allclose(alone.weight[0], whole.weight[row], atol=1e-6)
+        np.testing.assert_allclose(alone.matrix()[0], whole.matrix()[row], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
@@ -152,7 +161,7 @@ def test_gradients_are_finite_and_reach_the_features(name):
         reduced = registry.get(name)(moved, signals, 8).apply(moved)
         return jnp.sum(jnp.where(reduced.valid[..., None], reduced.features, 0) ** 2)
 
-    gradient = jax.grad(loss)(tokens.features)
+    gradient = _jit(jax.grad(loss))(tokens.features)
     assert np.all(np.isfinite(gradient)) and np.abs(gradient).max() > 0
 
 
@@ -160,7 +169,7 @@ def test_gradients_are_finite_and_reach_the_features(name):
 def test_new_values_do_not_recompile(name):
     traces = []
 
-    @jax.jit
+    @_jit
     def step(tokens, signals):
         traces.append(name)
         return registry.get(name)(tokens, signals, 8).apply(tokens).features
@@ -174,9 +183,8 @@ def test_new_values_do_not_recompile(name):
 @pytest.mark.parametrize("name", SHRINKING)
 def test_a_threshold_keeps_within_its_cap(name):
     tokens, signals = make_tokens(lengths=(12, 10, 9)), make_signals(name)
-    loose, strict = (
-        registry.get(name)(tokens, signals, budgets.Threshold(value, 9)).apply(tokens) for value in (-1e9, 0.2)
-    )
+    keep = _jit(lambda t, s, value: registry.get(name)(t, s, budgets.Threshold(value, 9)).apply(t))
+    loose, strict = (keep(tokens, signals, value) for value in (-1e9, 0.2))
     for reduced in (loose, strict):
         chex.assert_shape(reduced.features, (BATCH, 9, WIDTH))
         assert np.all(np.asarray(reduced.count) >= 1)

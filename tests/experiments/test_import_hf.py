@@ -183,7 +183,7 @@ def test_an_export_that_cannot_be_gets_one_clear_line(byt5, tmp_path, capsys):
     (tmp_path / "full" / "config.json").write_text("{}")
     cases = [
         (tmp_path / "nowhere", "out", [], "holds no run"),
-        (vit, "out", [], "a ViT has no Hugging Face form"),
+        (vit, "out", [], "cannot express positions='sincos2d'"),
         (byt5, "out", ["--step=7"], "no checkpoint of step 7"),
         (byt5, "full", [], "already holds config.json"),
     ]

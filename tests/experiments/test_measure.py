@@ -40,6 +40,7 @@ def test_random_like_has_shapes_dtypes_and_spread():
     [
         ["tome", "--variant=Ti/16", "--image-size=64", "--batch=2", "--r=1", "--repeats=1"],
         ["tome", "--variant=Ti/16", "--image-size=64", "--batch=2", "--r=1", "--repeats=1", "--method=evit"],
+        ["diffrate", "--variant=Ti/16", "--image-size=64", "--batch=2", "--repeats=1"],
         ["block_sparse_attention", "--length=64", "--block=16", "--width=8", "--density=0.5", "--repeats=1"],
     ],
 )

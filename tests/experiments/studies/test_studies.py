@@ -43,7 +43,28 @@ SETTINGS = {
         ),
     ),
 }
-PICTURES = {"tome": "patches", "mrt5": "bytes"}
+TINY = {**SMALL, **VIT, "model.depth": 3, "eval.every": 0, "data.valid_examples": 16}
+SETTINGS["diffrate"] = dict(
+    seeds=(0,),
+    batches=1,
+    repeats=1,
+    sets={
+        "digits": dict(
+            config="diffrate/digits.py",
+            base={"steps": 2, **TINY},
+            learn={"steps": 2},
+            tune={"steps": 1, "optimizer.warmup": 0},
+            budgets=(0.8,),
+            tuned_budgets=(0.8,),
+            baselines=("tome",),
+            search=dict(budget=0.8, trials=2, examples=64, methods=("uniform", "evopress")),
+        ),
+        "cifar10": dict(folder="cifar10"),
+    },
+    shapes=(),
+)
+PICTURES = {"tome": "patches", "mrt5": "bytes", "diffrate": "digits_regions"}
+FIRST_TABLE = {"tome": "table", "mrt5": "table", "diffrate": "digits_plain"}
 
 
 @pytest.mark.parametrize("name", ["tome", "mrt5"])

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much to reduce at each layer: DiffRate's learned rates against searched and uniform schedules, and other reductions.
+
+The parts, for each data set: accuracy against multiply-adds without and with a short training under the schedule; the schedules
+that were learned, by layer; learned against searched against uniform schedules at equal multiply-adds; what of an image is kept
+and merged, by layer. Then throughput of large shapes, and the published ImageNet rows.
+
+Digits are embedded. CIFAR-10 needs `--data cifar10=FOLDER`, a folder of TensorFlow Datasets in array_record form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from experiments.studies.diffrate import compare, published, shapes
+from experiments.studies.diffrate.runs import Runs
+from experiments.studies.study import Context
+
+_DIGITS = dict(config="diffrate/digits.py")
+_CIFAR = dict(config="diffrate/cifar10.py", folder="cifar10")
+
+# `budgets`: shares of the dense multiply-adds; `search`: at one of them. `batches` of 64 test images are evaluated; 0: all.
+SUITES: dict[str, dict[str, Any]] = {
+    "headline": dict(
+        seeds=(0,),
+        batches=16,
+        repeats=3,
+        sets={
+            "digits": dict(
+                **_DIGITS,
+                base={"steps": 700},
+                learn={"steps": 60},
+                tune={"steps": 40, "optimizer.peak": 5e-4, "optimizer.warmup": 5},
+                budgets=(0.8, 0.6, 0.4),
+                tuned_budgets=(),
+                baselines=("tome", "class_attention"),
+                search=dict(budget=0.6, trials=16, examples=256, methods=("evopress",)),
+            )
+        },
+        shapes=(),
+    ),
+    "quick": dict(
+        seeds=(0, 1, 2),
+        batches=32,
+        repeats=5,
+        sets={
+            "digits": dict(
+                **_DIGITS,
+                base={},
+                learn={},
+                tune={"steps": 60, "optimizer.peak": 5e-4, "optimizer.warmup": 5, "eval.every": 0},
+                budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+                tuned_budgets=(0.6, 0.4),
+                baselines=compare.BASELINES,
+                search=dict(budget=0.5, trials=32, examples=256, methods=compare.SEARCHES),
+            ),
+            "cifar10": dict(
+                **_CIFAR,
+                base={},
+                learn={},
+                tune={"steps": 60, "optimizer.peak": 5e-4, "optimizer.warmup": 5},
+                budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+                tuned_budgets=(0.6, 0.4),
+                baselines=compare.BASELINES,
+                search=dict(budget=0.5, trials=32, examples=256, methods=compare.SEARCHES),
+            ),
+        },
+        shapes=(("B/16", (1, 4)),),
+    ),
+    "full": dict(
+        seeds=(0, 1, 2),
+        batches=0,
+        repeats=15,
+        sets={
+            name: dict(
+                **kind,
+                base={
+                    "steps": 30_000,
+                    "batch_size": 256,
+                    "model.width": 192,
+                    "model.depth": 12,
+                    "model.heads": 3,
+                    "model.mlp_dim": 768,
+                    "optimizer.peak": 1e-3,
+                    "optimizer.warmup": 1_000,
+                },
+                learn={"steps": 600, "batch_size": 256, "optimizer.peak": 0.01, "optimizer.warmup": 0},
+                tune={"steps": 2_000, "optimizer.peak": 1e-4, "optimizer.warmup": 100},
+                budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+                tuned_budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+                baselines=compare.BASELINES,
+                search=dict(budget=0.5, trials=200, examples=2_048, methods=compare.SEARCHES),
+            )
+            for name, kind in (("digits", _DIGITS), ("cifar10", _CIFAR))
+        },
+        shapes=(("B/16", (8, 64)), ("L/16", (8, 64)), ("H/14", (8, 64))),
+    ),
+}
+
+
+def run(context: Context) -> None:
+    """Runs every data set that is at hand, then the shapes and the published rows."""
+    made = []
+    for name, settings in context.settings["sets"].items():
+        folder = context.data.get(settings.get("folder", ""))
+        if settings.get("folder") and not folder:
+            note = f"Not run: no folder of {name} was given (--data {settings['folder']}=FOLDER)."
+            context.say(note)
+            context.results.mkdir(parents=True, exist_ok=True)
+            (context.results / f"{name}_summary.md").write_text(f"{note}\n")
+            continue
+        chosen = {**settings, "data": {"data.data_dir": folder} if folder else {}}
+        made += compare.run(Runs(context, name, chosen))
+    made += shapes.run(context)
+    published.run(context)
+    context.rows.keep(dict.fromkeys(made))

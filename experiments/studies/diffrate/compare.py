@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reductions and schedules compared on one data set: tables, curves and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive.rates.schedules import Schedule
+from experiments import data, search
+from experiments.studies import plots, tables
+from experiments.studies.diffrate.runs import Runs, Setup
+from layers.learned_rates import as_reduce
+
+BASELINES = ("tome", "evit", "class_attention", "random")
+TUNED = ("tome", "class_attention")
+SEARCHES = search.METHODS
+LEARNED = "diffrate, learned"
+
+COLUMNS = (
+    tables.Column("method", "method"),
+    tables.Column("target % of MACs", "target", 0),
+    tables.Column("MACs %", "macs_share", 1),
+    tables.Column("accuracy %", "accuracy", 2),
+    tables.Column("cross-entropy", "cross_entropy", 3),
+    tables.Column("implied speedup", "implied", 2),
+    tables.Column("realised speedup", "realised", 2),
+)
+SEARCH_COLUMNS = (
+    tables.Column("schedule", "method"),
+    tables.Column("MACs %", "macs_share", 2),
+    tables.Column("accuracy %", "accuracy", 2),
+    tables.Column("cross-entropy", "cross_entropy", 3),
+    tables.Column("new evaluations", "evaluations", 0),
+    tables.Column("tokens after each layer, by seed", lambda row: " ".join(map(str, row["counts"]))),
+)
+EQUAL_COLUMNS = (
+    tables.Column("target % of MACs", "target", 0),
+    tables.Column("diffrate, learned: MACs %", "learned_share", 2),
+    tables.Column("tome, uniform: MACs %", "tome_share", 2),
+    tables.Column("diffrate, learned: accuracy %", "learned", 2),
+    tables.Column("tome, uniform: accuracy %", "tome", 2),
+    tables.Column("seeds in which diffrate is higher", "higher"),
+)
+
+
+def run(runs: Runs) -> list[str]:
+    """Rows of one data set; writes its tables and pictures, and returns the ids of its rows."""
+    seeds, settings = runs.context.settings["seeds"], runs.settings
+    plain = [runs.row(Setup(""))]
+    schedules: dict[float, list[Schedule]] = {}
+    for budget in settings["budgets"]:
+        for seed in seeds:
+            config, setup = runs.learned(budget, seed)
+            schedules.setdefault(budget, []).append(Schedule(setup.prune, setup.counts))
+            plain.append(runs.row(setup, seed=seed, config=config))
+        plain += [runs.row(runs.uniform(method, budget)) for method in settings["baselines"]]
+    tuned = _tuned(runs, seeds)
+    searched = _searched(runs, seeds, plain)
+    _report(runs, plain, tuned, searched)
+    _curves(runs, schedules)
+    _picture(runs, schedules)
+    return [row["id"] for row in (*plain, *tuned, *searched)]
+
+
+def _tuned(runs: Runs, seeds: Iterable[int]) -> list[dict[str, Any]]:
+    """Rows after a short training under each schedule; the dense model is trained as long."""
+    rows = []
+    for seed in seeds if runs.settings["tuned_budgets"] else ():
+        rows.append(runs.row(Setup(""), seed=seed, tuned=True))
+        for budget in runs.settings["tuned_budgets"]:
+            setups = [runs.learned(budget, seed)[1], *(runs.uniform(method, budget) for method in TUNED)]
+            rows += [runs.row(setup, seed=seed, tuned=True) for setup in setups]
+    return rows
+
+
+def _searched(runs: Runs, seeds: Iterable[int], plain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the searches at one budget, and of the learned schedules at it."""
+    settings = dict(runs.settings["search"])
+    budget, methods = settings.pop("budget"), settings.pop("methods")
+    rows = [row for row in plain if row["method"] == LEARNED and row["target"] == 100 * budget]
+    for method in methods:
+        for seed in seeds:
+            setup, facts = runs.searched(method, budget, seed, **settings)
+            rows.append(runs.row(setup, seed=seed, more=facts))
+    return rows
+
+
+def _report(runs: Runs, plain: list[dict], tuned: list[dict], searched: list[dict]) -> None:
+    """Tables of the rows, and the trade-off as a plot."""
+    results, name = runs.context.results, runs.name
+    about = (
+        f"A tiny ViT trained on {name}. The learned rates prune and merge; every other method runs ToMe's constant schedule "
+        "of the same multiply-adds. One MAC is one multiply-accumulate. Realised: time of the dense evaluation step over that "
+        "of the reduced one, same weights, same batch, interleaved medians."
+    )
+    tables.write(results, f"{name}_plain", f"Without any training under the schedule. {about}", plain, COLUMNS)
+    dense = {key: plain[0][key] for key in ("accuracy", "cross_entropy")}
+    panels = [("macs_share", "MACs, % of dense", y, label) for y, label in (("accuracy", "accuracy %"),)]
+    panels.append(("macs_share", "MACs, % of dense", "cross_entropy", "cross-entropy"))
+    plots.save(plots.trade_off(plain[1:], panels, level=dense), results, f"{name}_plain")
+    if tuned:
+        steps = runs.settings["tune"]["steps"]
+        title = f"After {steps} steps of training under the schedule, the dense model included. {about}"
+        tables.write(results, f"{name}_tuned", title, tuned, COLUMNS)
+        level = {key: float(np.mean([row[key] for row in tuned if row["method"] == "dense"])) for key in dense}
+        figure = plots.trade_off([row for row in tuned if row["method"] != "dense"], panels, level=level)
+        plots.save(figure, results, f"{name}_tuned")
+    title = (
+        f"Schedules at equal multiply-adds on {name}, all of them run by DiffRate's reduction. The searched ones prune and merge "
+        "as many; they were searched on training images, and seeds differ in those."
+    )
+    tables.write(results, f"{name}_schedules", title, searched, SEARCH_COLUMNS)
+    _equal(runs, plain)
+
+
+def _equal(runs: Runs, plain: list[dict]) -> None:
+    """DiffRate's learned schedules against uniform ToMe, budget by budget."""
+    lines = []
+    for budget in runs.settings["budgets"]:
+        at = [row for row in plain if row["target"] == 100 * budget]
+        tome = next((row for row in at if row["method"] == "tome"), None)
+        learned = [row for row in at if row["method"] == LEARNED]
+        if tome is None:
+            continue
+        higher = sum(row["accuracy"] > tome["accuracy"] for row in learned)
+        lines += [
+            {
+                "group": budget,
+                "target": row["target"],
+                "learned_share": row["macs_share"],
+                "tome_share": tome["macs_share"],
+                "learned": row["accuracy"],
+                "tome": tome["accuracy"],
+                "higher": f"{higher} of {len(learned)}",
+            }
+            for row in learned
+        ]
+    if lines:
+        title = f"DiffRate's learned schedules against uniform ToMe at equal multiply-adds on {runs.name}, without training."
+        tables.write(runs.context.results, f"{runs.name}_equal", title, lines, EQUAL_COLUMNS, receipts=())
+
+
+def _curves(runs: Runs, schedules: dict[float, list[Schedule]]) -> None:
+    """Tokens after each layer that were learned, and how many of the removed ones were pruned."""
+    lines = {}
+    layers = list(range(1, runs.model.depth + 1))
+    for budget, found in schedules.items():
+        for index, schedule in enumerate(found):
+            lines[f"{100 * budget:g} %, seed {runs.context.settings['seeds'][index]}"] = (layers, schedule.counts)
+    figure = plots.curves(lines, "layer", "tokens after the layer", levels=(runs.model.num_tokens,))
+    plots.save(figure, runs.context.results, f"{runs.name}_learned")
+
+
+def _picture(runs: Runs, schedules: dict[float, list[Schedule]]) -> None:
+    """What is kept, merged and dropped after each layer, for a few test images, at the smallest budget."""
+    config, result = runs.base
+    dataset = data.build(config.data, split="test", batch_size=4, seed=0)
+    images = next(iter(dataset.eval_batches(1)))["image"]
+    schedule = schedules[min(schedules)][0]
+    model, origins, titles = runs.model, [], []
+    for layer in range(model.depth):
+        # The schedule up to here and nothing after it leaves the tokens as they are after this layer.
+        rest = model.depth - layer - 1
+        until = Schedule(
+            schedule.prune[: layer + 1] + (model.num_tokens,) * rest,
+            schedule.merge[: layer + 1] + (model.num_tokens,) * rest,
+        ).on(model.num_tokens)
+        reduced = model.clone(hooks=(as_reduce(until),))
+        apply = jax.jit(lambda params, x, reduced=reduced: reduced.apply({"params": params}, x)[1]["token_set"].origin)
+        origins.append(np.asarray(apply(result.state.params, jnp.asarray(images))))
+        titles.append(f"layer {layer + 1}: {until.counts[layer]}")
+    figure = plots.merged_patches(images, origins, model.grid[1:], titles, skip=1)
+    plots.save(figure, runs.context.results, f"{runs.name}_regions")

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned part of DiffRate: at every layer one logit for each number of patches that pruning or merging may keep."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from adaptive.rates import masked, proxy
+from adaptive.rates.schedules import Schedule
+from adaptive.tokens import Signals, TokenSet
+from layers.hooks import Reduce
+
+
+class LearnedRates(nn.Module):
+    """A hook that prunes and merges under masks, by rates that are learned; see `adaptive.rates.proxy`.
+
+    Its arrays keep their length: it is for training and for checking. `schedule` turns its parameters into the static numbers
+    that `as_reduce` runs with arrays that shrink.
+
+    Attributes:
+      layers: L of the backbone; patches: P.
+      granularity: patches between two candidates.
+      first, last: layers at the beginning and at the end that compress nothing (DeiT: 1 and 0, MAE: 1 and 1).
+
+    Source: Chen et al. 2023 (DiffRate); logits start at 0, so that every number is as likely.
+    """
+
+    layers: int
+    patches: int
+    granularity: int = 4
+    first: int = 1
+    last: int = 0
+    place: str = "between"
+    signals: tuple[str, ...] = ("cls_attention",)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The candidate numbers of kept patches."""
+        return proxy.candidates(self.patches, self.granularity)
+
+    @property
+    def acting(self) -> tuple[int, ...]:
+        """Layers that compress."""
+        return tuple(range(self.first, self.layers - self.last))
+
+    def acts(self, layer: int, length: int) -> bool:
+        """Whether `layer` compresses; it does whatever the rates are, since they are not known when the model is traced."""
+        del length
+        return layer in self.acting
+
+    @nn.compact
+    def __call__(self, tokens: TokenSet, signals: Signals) -> masked.MaskedReduction:
+        """The masked reduction of `tokens [B, N, D]` at `signals.layer`."""
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("layers", None, "gate"))
+        logits = self.param("logits", init, (self.layers, 2, len(self.choices)), jnp.float32)[signals.layer]
+        kept = jax.lax.stop_gradient(proxy.kept_tokens(logits, self.choices))
+        masks = proxy.keep_mask(logits, self.choices, tokens.mass.shape[1])
+        order = [proxy.PRUNE, proxy.MERGE]
+        return masked.prune_then_merge(tokens, signals, *(kept[i] for i in order), *(masks[i] for i in order))
+
+    def schedule(self, logits: Float[Array, "L 2 G"]) -> Schedule:
+        """The static numbers of trained `logits` (on the host, not under jit)."""
+        return proxy.export(logits, self.choices, self.patches + 1, self.acting)
+
+
+def as_reduce(schedule: Schedule) -> Reduce:
+    """The hook that runs a schedule with arrays that shrink."""
+    return Reduce("diffrate", schedule.merge, layered=(("alive", schedule.prune),))

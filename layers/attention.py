@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from adaptive.tokens import Signals
-from layers.linear import Initializer, Linear
+from layers.linear import Initializer
+from layers.parts import Parts
 from layers.rotary import rotate
 from pallas_kernels.biased_flash_attention import (
     attention_column_stats,
@@ -70,6 +71,7 @@ class Attention(nn.Module):
       rotary: turns queries and keys by their positions.
       dtype: of the computation; parameters stay in `param_dtype`.
       kernel_init: of all projections, unless `query_init` or `out_init` is given.
+      parts: builds the four projections.
       implementation: of the attention kernel; None for the best available.
     """
 
@@ -86,6 +88,7 @@ class Attention(nn.Module):
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     query_init: Initializer | None = None
     out_init: Initializer | None = None
+    parts: Parts = Parts()
     implementation: str | None = None
 
     def setup(self) -> None:
@@ -188,9 +191,8 @@ class Attention(nn.Module):
         )
         return self.out(out, x.shape[-1:])
 
-    def _linear(self, axes: tuple[str, ...], init: Initializer | None = None) -> Linear:
-        return Linear(
-            None,
+    def _linear(self, axes: tuple[str, ...], init: Initializer | None = None) -> nn.Module:
+        return self.parts.projection(
             axes,
             use_bias=self.use_bias,
             dtype=self.dtype,

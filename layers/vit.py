@@ -18,8 +18,8 @@ from layers.attention import SIGNALS, Attention
 from layers.embed import LearnedPositions, PatchEmbed, grid_coords, sincos_2d
 from layers.hooks import PLACES, Hook, Reduce, follow
 from layers.linear import Linear
-from layers.mlp import Mlp
 from layers.norms import LayerNorm
+from layers.parts import Parts, check_unrolled
 from layers.sharding import along_batch
 
 # Width, depth, heads, MLP width. Source: Dosovitskiy et al. 2021, table 1; Touvron et al. 2021 (DeiT), table 1, for Ti and S.
@@ -41,6 +41,7 @@ class Block(nn.Module):
       proportional: log mass as the key bias; else mass only tells padding from tokens.
       hooks: see `layers.hooks`.
       grid: `(t, h, w)` of the patches, for the hooks; class_token: slot 0 is a class token.
+      parts: builds projections and feed-forward layers.
     """
 
     heads: int
@@ -51,6 +52,7 @@ class Block(nn.Module):
     hooks: tuple[Hook, ...] = ()
     grid: tuple[int, int, int] | None = None
     class_token: bool = False
+    parts: Parts = Parts()
     activation: str = "gelu"
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
@@ -66,16 +68,19 @@ class Block(nn.Module):
         acting = any(hook.acts(self.layer, tokens.features.shape[1]) for hook in self.hooks)
         wanted = {name for hook in self.hooks for name in hook.signals if acting}
         y = LayerNorm(self.norm_epsilon, name="attention_norm", **common)(tokens.features)
-        y, signals = Attention(self.heads, implementation=self.implementation, name="attention", **common)(
+        y, signals = Attention(
+            self.heads, parts=self.parts, implementation=self.implementation, name="attention", **common
+        )(
             y, key_bias=self._key_bias(tokens), signals=tuple(name for name in SIGNALS if name in wanted)
         )
         signals = signals.replace(layer=self.layer, grid=self.grid, cls_token=self.class_token)
         tokens = tokens.replace(features=tokens.features + self._drop(y))
         tokens, signals, before = self._reduce("between", tokens, signals)
         y = LayerNorm(self.norm_epsilon, name="mlp_norm", **common)(tokens.features)
-        y = Mlp(self.mlp_dim, self.activation, dropout=self.dropout, name="mlp", **common)(
-            y, deterministic=self.deterministic
+        mlp = self.parts.mlp(
+            self.mlp_dim, activation=self.activation, dropout=self.dropout, name="mlp", **common
         )
+        y = mlp(y, deterministic=self.deterministic)
         tokens = tokens.replace(features=tokens.features + self._drop(y))
         tokens, _, after = self._reduce("after", tokens, signals)
         return tokens, before + after
@@ -115,6 +120,7 @@ class ViT(nn.Module):
       positions: "learned" or "sincos2d".
       representation: width of a tanh layer before the head; None for none.
       hooks: what reduces the tokens; see `layers.hooks`.
+      parts: what builds the projections and feed-forward layers of the blocks; see `layers.parts`.
       proportional_attention: log mass in the attention logits once tokens have merged (ToMe eq. 1).
       remat: recomputes each block in the backward pass.
       scan_layers: one block scanned over stacked parameters (fast compilation); without hooks only.
@@ -135,6 +141,7 @@ class ViT(nn.Module):
     positions: str = "learned"
     representation: int | None = None
     hooks: tuple[Hook, ...] = ()
+    parts: Parts = Parts()
     proportional_attention: bool = True
     remat: bool = False
     scan_layers: bool = False
@@ -240,6 +247,7 @@ class ViT(nn.Module):
                 "adaptive shapes need unrolled layers: set scan_layers=False for a model with hooks; use "
                 "layers.stacking.unstack on the parameters of a scanned one"
             )
+        check_unrolled(self.parts, scan_layers=self.scan_layers, remat=self.remat)
         for hook in self.hooks:
             if isinstance(hook, Reduce) and len(hook.counts) != self.depth:
                 raise ValueError(
@@ -280,6 +288,7 @@ class ViT(nn.Module):
             proportional=self.proportional_attention,
             grid=self.grid,
             class_token=self.has_class_token,
+            parts=self.parts,
             activation=self.activation,
             norm_epsilon=self.norm_epsilon,
             dropout=self.dropout,

@@ -8,6 +8,7 @@ FLOPs imply), `realised` (measured speedup) and `overhead` (the method's own tim
 from __future__ import annotations
 
 from experiments.bench import (
+    acm,
     bipartite_match,
     block_sparse_attention,
     compact,
@@ -22,6 +23,7 @@ from experiments.bench import (
 BENCHES = {
     "tome": tome,
     "mrt5": mrt5,
+    "acm": acm,
     "generate": generate,
     "block_sparse_attention": block_sparse_attention,
     "compact": compact,

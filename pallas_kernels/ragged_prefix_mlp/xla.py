@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The staircase in plain JAX: for each unit a loop over tiles of rows with a trip count known only on the device.
+"""The staircase in plain JAX: loops over tiles of rows with trip counts known only on the device.
 
 Shapes: R rows, T rows of a tile, D features, K units, U hidden numbers of all units, E outputs.
 """
@@ -19,6 +19,8 @@ from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 
 # Few enough rows that little is wasted at the end of a prefix, enough to reuse the weights that a tile reads.
 _TILE = 128
+# A tile runs the units of the row that needs most, so the MLP wants smaller ones.
+_MLP_TILE = 128
 
 
 def ragged_prefix_mlp(
@@ -30,16 +32,85 @@ def ragged_prefix_mlp(
     *,
     activation: str,
 ) -> Float[Array, "R E"]:
-    """One prefix loop for each unit, their results added up in float32."""
+    """Tiles of rows, each with as many units as its first row needs; units that other rows do not need are set to 0."""
+    length = rows.shape[0]
+    tile = max(min(_MLP_TILE, length), 1)
+    padded = jnp.pad(_needed(rows, counts), ((0, max(-length % tile, tile - length)), (0, 0)))
+    return _staircase(activation, tile, padded, counts, up, bias, down)[:length]
+
+
+def _levels(counts: Array, tile: int) -> Any:
+    """`(units, first tile, tile behind the last)` for each number of units that a tile can need, the largest first."""
+    # A tile at row i needs as many units as there are counts above i.
     units = counts.shape[0]
-    up = jnp.moveaxis(up.reshape(up.shape[0], units, -1), 1, 0)
+    ends = [(counts[unit] + tile - 1) // tile for unit in reversed(range(units))]
+    firsts = [jnp.zeros_like(ends[0]), *ends[:-1]]
+    return list(zip(range(units, 0, -1), firsts, ends, strict=True))
 
-    def unit(params: tuple, tile: Array) -> Array:
-        up, bias, down = params
-        hidden = ACTIVATIONS[activation](_dot(tile, up) + bias.astype(jnp.float32))
-        return _dot(hidden.astype(tile.dtype), down)
 
-    return _sum_of_units(unit, (up, bias.reshape(units, -1), _by_unit(down, units)), _needed(rows, counts), counts)
+def _tile_of(activation: str, limits: Array, params: tuple, start: Array, tile: Array) -> Array:
+    """The output of a tile of rows with the units of `params`; row `start + i` runs hidden numbers whose limit is above it."""
+    up, bias, down = params
+    hidden = ACTIVATIONS[activation](_dot(tile, up) + bias.astype(jnp.float32))
+    live = (start + jnp.arange(tile.shape[0]))[:, None] < limits[None]
+    return _dot(jnp.where(live, hidden, 0).astype(tile.dtype), down)
+
+
+def _cut(units: int, counts: Array, up: Array, bias: Array, down: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Limits and weights of the first units."""
+    width = up.shape[1] // counts.shape[0]
+    used = units * width
+    return jnp.repeat(counts[:units], width), (up[:, :used], bias[:used], down[:used])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _staircase(activation, tile, rows, counts, up, bias, down):
+    out = jnp.zeros((rows.shape[0], down.shape[1]), rows.dtype)
+    for units, first, end in _levels(counts, tile):
+        limits, params = _cut(units, counts, up, bias, down)
+
+        def step(index, out, limits=limits, params=params):
+            start = index * tile
+            value = _tile_of(activation, limits, params, start, jax.lax.dynamic_slice_in_dim(rows, start, tile))
+            return jax.lax.dynamic_update_slice_in_dim(out, value.astype(out.dtype), start, 0)
+
+        out = jax.lax.fori_loop(first, end, step, out)
+    return out
+
+
+def _staircase_forward(activation, tile, rows, counts, up, bias, down):
+    return _staircase(activation, tile, rows, counts, up, bias, down), (rows, counts, up, bias, down)
+
+
+def _staircase_backward(activation, tile, saved, moved):
+    """The same loops, computing each tile again; sums over tiles stay in float32, whatever the weights' dtype."""
+    rows, counts, *weights = saved
+    row_grads = jnp.zeros_like(rows)
+    totals = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in weights]
+    for units, first, end in _levels(counts, tile):
+        limits, params = _cut(units, counts, *weights)
+
+        def step(index, carry, limits=limits, params=params):
+            sums, row_grads = carry
+            start = index * tile
+            part = jax.lax.dynamic_slice_in_dim(rows, start, tile)
+            value, pull = jax.vjp(lambda p, t: _tile_of(activation, limits, p, start, t), params, part)
+            tile_moved = jax.lax.dynamic_slice_in_dim(moved, start, tile)
+            grads, row_grad = pull(tile_moved.astype(value.dtype))
+            sums = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
+            return sums, jax.lax.dynamic_update_slice_in_dim(row_grads, row_grad, start, 0)
+
+        zeros = tuple(jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in params)
+        sums, row_grads = jax.lax.fori_loop(first, end, step, (zeros, row_grads))
+        used = params[1].shape[0]
+        totals = [total.at[slices].add(own) for total, slices, own in zip(
+            totals, (np.s_[:, :used], np.s_[:used], np.s_[:used]), sums, strict=True
+        )]
+    up, bias, down = (total.astype(leaf.dtype) for total, leaf in zip(totals, weights, strict=True))
+    return row_grads, np.zeros(counts.shape, jax.dtypes.float0), up, bias, down
+
+
+_staircase.defvjp(_staircase_forward, _staircase_backward)
 
 
 def ragged_prefix_projection(
@@ -61,16 +132,6 @@ def _needed(rows: Array, counts: Array) -> Array:
 
 def _by_unit(down: Array, units: int) -> Array:
     return down.reshape(units, -1, down.shape[1])
-
-
-def _sum_of_units(unit: Callable, params: Any, rows: Array, counts: Array) -> Array:
-    def add(total: Array, own: Any) -> tuple[Array, None]:
-        own_params, count = own
-        return total + prefix_loop(unit, own_params, rows, count, tile=_TILE), None
-
-    outputs = jax.eval_shape(unit, jax.tree.map(lambda p: p[0], params), rows[:1]).shape[1]
-    total, _ = jax.lax.scan(add, jnp.zeros((rows.shape[0], outputs), jnp.float32), (params, counts))
-    return total.astype(rows.dtype)
 
 
 def _dot(left: Array, right: Array) -> Array:

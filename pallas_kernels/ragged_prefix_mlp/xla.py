@@ -19,8 +19,6 @@ from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 
 # Few enough rows that little is wasted at the end of a prefix, enough to reuse the weights that a tile reads.
 _TILE = 128
-# A tile runs the units of the row that needs most, so the MLP wants smaller ones.
-_MLP_TILE = 128
 
 
 def ragged_prefix_mlp(
@@ -32,82 +30,90 @@ def ragged_prefix_mlp(
     *,
     activation: str,
 ) -> Float[Array, "R E"]:
-    """Tiles of rows, each with as many units as its first row needs; units that other rows do not need are set to 0."""
-    length = rows.shape[0]
-    tile = max(min(_MLP_TILE, length), 1)
-    padded = jnp.pad(_needed(rows, counts), ((0, max(-length % tile, tile - length)), (0, 0)))
-    return _staircase(activation, tile, padded, counts, up, bias, down)[:length]
+    """Tiles of rows, each with as many units as its first row needs; units that later rows do not need are set to 0."""
+    if not rows.shape[0]:
+        return jnp.zeros((0, down.shape[1]), rows.dtype)
+    return _staircase(activation, rows, counts, up, bias, down)
 
 
-def _levels(counts: Array, tile: int) -> Any:
-    """`(units, first tile, tile behind the last)` for each number of units that a tile can need, the largest first."""
-    # A tile at row i needs as many units as there are counts above i.
+def _levels(counts: Array, tiles: Callable[[Array], Array]) -> list[tuple[int, Array, Array]]:
+    """`(units, first tile, tile behind the last)` for each number of units that a tile can need, the largest first.
+
+    `tiles` gives the number of tiles whose first row lies below a count.
+    """
     units = counts.shape[0]
-    ends = [(counts[unit] + tile - 1) // tile for unit in reversed(range(units))]
-    firsts = [jnp.zeros_like(ends[0]), *ends[:-1]]
-    return list(zip(range(units, 0, -1), firsts, ends, strict=True))
+    ends = [tiles(counts[unit]) for unit in reversed(range(units))]
+    return list(zip(range(units, 0, -1), [jnp.zeros_like(ends[0]), *ends[:-1]], ends, strict=True))
 
 
-def _tile_of(activation: str, limits: Array, params: tuple, start: Array, tile: Array) -> Array:
-    """The output of a tile of rows with the units of `params`; row `start + i` runs hidden numbers whose limit is above it."""
-    up, bias, down = params
-    hidden = ACTIVATIONS[activation](_dot(tile, up) + bias.astype(jnp.float32))
-    live = (start + jnp.arange(tile.shape[0]))[:, None] < limits[None]
-    return _dot(jnp.where(live, hidden, 0).astype(tile.dtype), down)
+def _split(units: int, up: Array, bias: Array, down: Array) -> list[tuple[Array, Array, Array]]:
+    """The weights of each unit by itself; cut once, since a cut in a loop or for each level would copy them every time."""
+    cuts = jnp.split(up, units, axis=1), jnp.split(bias, units), jnp.split(down, units)
+    return list(zip(*cuts, strict=True))
 
 
-def _cut(units: int, counts: Array, up: Array, bias: Array, down: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Limits and weights of the first units."""
-    width = up.shape[1] // counts.shape[0]
-    used = units * width
-    return jnp.repeat(counts[:units], width), (up[:, :used], bias[:used], down[:used])
+def _tile_of(activation: str, counts: Array, weights: list, start: Array, tile: Array) -> Array:
+    """The output of rows from `start` on, in float32, with the units of `weights` that each of them needs."""
+    total = 0.0
+    for (up, bias, down), count in zip(weights, counts, strict=False):
+        hidden = ACTIVATIONS[activation](_dot(tile, up) + bias.astype(jnp.float32))
+        hidden = jnp.where(_live(count, start, tile.shape[0]), hidden, 0)
+        total += _dot(hidden.astype(tile.dtype), down)
+    return total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _staircase(activation, tile, rows, counts, up, bias, down):
-    out = jnp.zeros((rows.shape[0], down.shape[1]), rows.dtype)
-    for units, first, end in _levels(counts, tile):
-        limits, params = _cut(units, counts, up, bias, down)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _staircase(activation, rows, counts, up, bias, down):
+    length = rows.shape[0]
+    tile = min(_TILE, length)
+    # The last tile is moved up to end with the rows: it does some of them twice, and spares a padded copy of all.
+    behind = length - tile
+    levels = _levels(counts, lambda count: jnp.where(count > behind, -(-length // tile), _tiles(count, tile)))
+    weights = _split(counts.shape[0], up, bias, down)
+    out = jnp.zeros((length, down.shape[1]), rows.dtype)
+    for units, first, end in levels:
 
-        def step(index, out, limits=limits, params=params):
-            start = index * tile
-            value = _tile_of(activation, limits, params, start, jax.lax.dynamic_slice_in_dim(rows, start, tile))
+        def step(index, out, own=weights[:units]):
+            start = jnp.minimum(index * tile, behind)
+            value = _tile_of(activation, counts, own, start, jax.lax.dynamic_slice_in_dim(rows, start, tile))
             return jax.lax.dynamic_update_slice_in_dim(out, value.astype(out.dtype), start, 0)
 
         out = jax.lax.fori_loop(first, end, step, out)
     return out
 
 
-def _staircase_forward(activation, tile, rows, counts, up, bias, down):
-    return _staircase(activation, tile, rows, counts, up, bias, down), (rows, counts, up, bias, down)
+def _staircase_forward(activation, rows, counts, up, bias, down):
+    return _staircase(activation, rows, counts, up, bias, down), (rows, counts, up, bias, down)
 
 
-def _staircase_backward(activation, tile, saved, moved):
-    """The same loops, computing each tile again; sums over tiles stay in float32, whatever the weights' dtype."""
-    rows, counts, *weights = saved
-    row_grads = jnp.zeros_like(rows)
-    totals = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in weights]
-    for units, first, end in _levels(counts, tile):
-        limits, params = _cut(units, counts, *weights)
+def _staircase_backward(activation, saved, moved):
+    """The same loops over padded rows, computing each tile again."""
+    rows, counts, up, bias, down = saved
+    length = rows.shape[0]
+    tile = min(_TILE, length)
+    padding = ((0, -length % tile), (0, 0))
+    padded, moved = jnp.pad(_needed(rows, counts), padding), jnp.pad(moved, padding)
+    weights = _split(counts.shape[0], up, bias, down)
+    # Sums over tiles stay in float32, whatever the weights' dtype.
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), weights)
+    row_grads = jnp.zeros_like(padded)
+    for units, first, end in _levels(counts, lambda count: _tiles(count, tile)):
 
-        def step(index, carry, limits=limits, params=params):
+        def step(index, carry, own=weights[:units]):
             sums, row_grads = carry
             start = index * tile
-            part = jax.lax.dynamic_slice_in_dim(rows, start, tile)
-            value, pull = jax.vjp(lambda p, t: _tile_of(activation, limits, p, start, t), params, part)
-            tile_moved = jax.lax.dynamic_slice_in_dim(moved, start, tile)
-            grads, row_grad = pull(tile_moved.astype(value.dtype))
+            part, part_moved = (jax.lax.dynamic_slice_in_dim(leaf, start, tile) for leaf in (padded, moved))
+            value, pull = jax.vjp(lambda w, t: _tile_of(activation, counts, w, start, t), own, part)
+            grads, row_grad = pull(part_moved.astype(value.dtype))
             sums = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
             return sums, jax.lax.dynamic_update_slice_in_dim(row_grads, row_grad, start, 0)
 
-        zeros = tuple(jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in params)
-        sums, row_grads = jax.lax.fori_loop(first, end, step, (zeros, row_grads))
-        used = params[1].shape[0]
-        totals = [total.at[slices].add(own) for total, slices, own in zip(
-            totals, (np.s_[:, :used], np.s_[:used], np.s_[:used]), sums, strict=True
-        )]
-    up, bias, down = (total.astype(leaf.dtype) for total, leaf in zip(totals, weights, strict=True))
-    return row_grads, np.zeros(counts.shape, jax.dtypes.float0), up, bias, down
+        used, row_grads = jax.lax.fori_loop(first, end, step, (sums[:units], row_grads))
+        sums = used + sums[units:]
+    ups, biases, downs = zip(*sums, strict=True)
+    grads = jnp.concatenate(ups, axis=1), jnp.concatenate(biases), jnp.concatenate(downs)
+    grads = (grad.astype(leaf.dtype) for grad, leaf in zip(grads, (up, bias, down), strict=True))
+    return row_grads[:length], np.zeros(counts.shape, jax.dtypes.float0), *grads
 
 
 _staircase.defvjp(_staircase_forward, _staircase_backward)

@@ -52,6 +52,20 @@ class Stream:
         return None if self.valid is None else jnp.where(self.valid, 0.0, -jnp.inf)
 
 
+@flax.struct.dataclass
+class Place:
+    """Where the one token of each row stands that a decode step reads.
+
+    Attributes:
+      slot: of the memories, the same for all rows; positions: `[B, 1]` for rotary embedding.
+      key_bias: `[B, K]` 0 for slots that the tokens may attend to, theirs included, else -inf.
+    """
+
+    slot: Int[Array, ""]
+    positions: Int[Array, "B 1"]
+    key_bias: Float[Array, "B K"]
+
+
 class FeedForward(Protocol):
     """A hashable value that makes the feed-forward part of each block, in place of a gated MLP."""
 
@@ -118,40 +132,39 @@ class Block(nn.Module):
         self, x: Float[Array, "B N D"], stream: Stream, inputs: Any = None, deterministic: bool = True
     ) -> tuple[Float[Array, "B N D"], dict[str, Any]]:
         """Features `[B, N, D]` after the block, and what its feed-forward part hands out."""
-        x, _, aux = self.prefill(x, stream, inputs, deterministic)
+        x, _, aux = self._run(x, stream, inputs, deterministic)
         return x, aux
 
-    def prefill(
-        self, x: Float[Array, "B N D"], stream: Stream, inputs: Any = None, deterministic: bool = True
-    ) -> tuple[Float[Array, "B N D"], Memory, dict[str, Any]]:
-        """The same, with the keys and values of the tokens."""
+    def prefill(self, x: Float[Array, "B N D"], stream: Stream, slots: int) -> tuple[Float[Array, "B N D"], Memory]:
+        """Features after the block, and a memory of `slots` slots whose first N hold the tokens."""
+        x, memory, _ = self._run(x, stream, None, True)
+        return x, self.empty(x, slots).write(memory, 0)
+
+    def empty(self, x: Float[Array, "B N D"], slots: int) -> Memory:
+        """A memory without tokens for the rows of `x`."""
+        shape = (x.shape[0], self.kv_heads, slots, self.head_dim)
+        return Memory(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def step(
+        self, x: Float[Array, "B 1 D"], memory: Memory, place: Place
+    ) -> tuple[Float[Array, "B 1 D"], Memory, Bool[Array, " B"]]:
+        """One token a row: features, the memory with it, and the rows for which the block ran (all)."""
+        normed = self.attention_norm(x)
+        memory = memory.write(self.attention.project(normed, place.positions), place.slot)
+        x = x + self.attention.attend(normed, memory, key_bias=place.key_bias, positions=place.positions)
+        return self._finish(x, None, True)[0], memory, jnp.ones(x.shape[0], bool)
+
+    def remember(self, x: Float[Array, "B 1 D"], memory: Memory, place: Place) -> Memory:
+        """The memory with the keys and values that `x` has in this layer, of which nothing else runs."""
+        return memory.write(self.attention.project(self.attention_norm(x), place.positions), place.slot)
+
+    def _run(self, x: Array, stream: Stream, inputs: Any, deterministic: bool) -> tuple[Array, Memory, dict[str, Any]]:
         normed = self.attention_norm(x)
         memory = self.attention.project(normed, stream.positions)
         y = self.attention.attend(normed, memory, key_bias=stream.key_bias, causal=True, positions=stream.positions)
         x = x + self.drop(y, deterministic=deterministic)
         x, aux = self._finish(x, inputs, deterministic)
         return x, memory, aux
-
-    def step(
-        self,
-        x: Float[Array, "B 1 D"],
-        memory: Memory,
-        slot: Int[Array, ""],
-        positions: Int[Array, "B 1"],
-        key_bias: Float[Array, "B K"],
-        inputs: Any = None,
-    ) -> tuple[Float[Array, "B 1 D"], Memory]:
-        """One token a row, which stands at `positions` and goes into `slot` of the memory."""
-        normed = self.attention_norm(x)
-        memory = memory.write(self.attention.project(normed, positions), slot)
-        x = x + self.attention.attend(normed, memory, key_bias=key_bias, positions=positions)
-        return self._finish(x, inputs, True)[0], memory
-
-    def remember(
-        self, x: Float[Array, "B 1 D"], memory: Memory, slot: Int[Array, ""], positions: Int[Array, "B 1"]
-    ) -> Memory:
-        """The memory with the keys and values that `x` has in this layer, where nothing else of it runs."""
-        return memory.write(self.attention.project(self.attention_norm(x), positions), slot)
 
     def _finish(self, x: Array, inputs: Any, deterministic: bool) -> tuple[Array, dict[str, Any]]:
         normed = self.mlp_norm(x)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptive import flops
+from layers.decoder_decoding import Decoding, DepthPolicy
 from layers.decoder_layers import Block, FeedForward, Stream
 from layers.embed import TokenEmbed
 from layers.linear import Linear
@@ -22,7 +23,7 @@ from layers.rotary import Llama3Scaling
 from layers.sharding import along_batch
 
 
-class DecoderLM(nn.Module):
+class DecoderLM(Decoding):
     """Causal language model, `(logits [B, N, V], aux)`.
 
     Attributes:
@@ -33,6 +34,8 @@ class DecoderLM(nn.Module):
       tie_embeddings: the head is the embedding table.
       rotary_base, rotary_scaling: see `layers.rotary`.
       feed_forward: what stands in place of the gated MLP of every block; see `layers.decoder_layers.FeedForward`.
+      policy: which layers run in decoding (`layers.early_exit`); all when None. The call itself runs all of them.
+      exit_classifier: has a linear classifier of features that can stop a token; it sees them without a way back.
       remat: recomputes each block in the backward pass.
       dtype: of the computation; parameters stay in `param_dtype`.
 
@@ -54,6 +57,8 @@ class DecoderLM(nn.Module):
     epsilon: float = 1e-6
     dropout: float = 0.0
     feed_forward: FeedForward | None = None
+    policy: DepthPolicy | None = None
+    exit_classifier: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -66,6 +71,8 @@ class DecoderLM(nn.Module):
         block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
         self.block = [self._block(block, layer) for layer in range(self.depth)]
         self.norm = RMSNorm(self.epsilon, **common)
+        if self.exit_classifier:
+            self.exit = Linear((1,), ("embed", "exit"), **common)
         if not self.tie_embeddings:
             self.head = Linear((self.vocab_size,), ("embed", "vocab"), use_bias=False, **common)
 
@@ -92,7 +99,8 @@ class DecoderLM(nn.Module):
 
         Returns:
           aux has "tokens" `[L, B]` real tokens that each layer ran for; "hidden_states", a tuple of L + 1 `[B, N, D]`, or
-          None; "feed_forward", what the feed-forward parts hand out, a tuple of one dict a layer; "losses", empty.
+          None; "feed_forward", what the feed-forward parts hand out, a tuple of one dict a layer; "exit_logits"
+          `[L, B, N]` of the classifier after each layer, or None; "losses", empty.
 
         Raises:
           ValueError: shapes do not fit, or key heads do not divide the heads.
@@ -114,6 +122,7 @@ class DecoderLM(nn.Module):
             "tokens": jnp.stack(counts),
             "hidden_states": tuple(states) if output_hidden_states else None,
             "feed_forward": tuple(handed),
+            "exit_logits": jnp.stack([self.exit_logits(x) for x in states[1:]]) if self.exit_classifier else None,
             "losses": {},
         }
         return self.logits(x), aux
@@ -143,6 +152,24 @@ class DecoderLM(nn.Module):
         """Logits in float32 of features after any layer: the last norm and the head."""
         x = self.norm(x)
         return (self.embedding.attend(x) if self.tie_embeddings else self.head(x)).astype(jnp.float32)
+
+    def exit_confidence(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
+        """Probability, by the classifier, that the head would choose after this layer what it chooses after the last.
+
+        Raises:
+          ValueError: the model has no classifier.
+        """
+        return nn.sigmoid(self.exit_logits(x))
+
+    def exit_logits(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
+        """Logits of `exit_confidence`, in float32; no gradient flows into `x`.
+
+        Raises:
+          ValueError: the model has no classifier.
+        """
+        if not self.exit_classifier:
+            raise ValueError("this model has no classifier of exits; set exit_classifier=True and train it")
+        return self.exit(jax.lax.stop_gradient(x))[..., 0].astype(jnp.float32)
 
     def spec(self) -> flops.DecoderSpec:
         """Sizes for `adaptive.flops.count`."""

@@ -73,8 +73,6 @@ class FixedLayers:
 
     def prompt_layers(self, depth: int) -> tuple[bool, ...]:
         """All."""
-        if not self.layers or not all(0 <= layer < depth for layer in self.layers):
-            raise ValueError(f"layers must be some of 0..{depth - 1}; got {self.layers}")
         return (True,) * depth
 
     def start(self, x: Float[Array, "B D"]) -> None:
@@ -84,6 +82,8 @@ class FixedLayers:
         self, layer: int, position: Int[Array, ""], x: Float[Array, "B D"], state: None, model: Any
     ) -> tuple[bool, None]:
         """Whether the layer is one of them; static."""
+        if not self.layers or not all(0 <= own < model.depth for own in self.layers):
+            raise ValueError(f"layers must be some of 0..{model.depth - 1}; got {self.layers}")
         return layer in self.layers, None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive Computation Modules in place of projections and feed-forward layers, and the map of a dense model's parameters to theirs.
+"""Adaptive Computation Modules in place of projections and feed-forward layers, and the map from dense parameters.
 
 Shapes: B batch, N tokens, R rows, D features, E outputs, K learners, U hidden numbers of all learners.
 """
@@ -7,6 +7,7 @@ Shapes: B batch, N tokens, R rows, D features, E outputs, K learners, U hidden n
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -302,7 +303,9 @@ def modules(params: Mapping[str, Any], parts: AcmParts, *, where: str = ".*") ->
         if re.fullmatch(where, name):
             found.append(_mlp(name, {key: shapes.get((*parent, key, "kernel")) for key in ("hidden", "gate")}, parts))
     if not found:
-        raise ValueError(f"no projection and no feed-forward layer matches {where!r}; is this the tree of a dense model?")
+        raise ValueError(
+            f"no projection and no feed-forward layer matches {where!r}; is this the tree of a dense model?"
+        )
     return tuple(sorted(found, key=lambda module: _natural(module.path)))
 
 
@@ -329,7 +332,7 @@ def _mlp(path: str, shapes: Mapping[str, Any], parts: AcmParts) -> Module:
 
 def _gate_macs(inputs: int, parts: AcmParts, *, least: int) -> int:
     widths = (inputs, *parts.gate_hidden, parts.learners + 1 - least)
-    return sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    return sum(a * b for a, b in itertools.pairwise(widths))
 
 
 def acmize(params: Mapping[str, Any], parts: AcmParts, key: Array, *, where: str = ".*") -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Parts:
 
 
 def check_unrolled(parts: Parts, *, scan_layers: bool, remat: bool) -> None:
-    """Raises ValueError for parts that are not dense in layers that are scanned or computed again: `captured` cannot look there."""
+    """Raises ValueError for parts that are not dense in scanned or rematerialised layers, where `captured` cannot look."""
     if type(parts) is not Parts and (scan_layers or remat):
         raise ValueError(
             f"{type(parts).__name__} needs unrolled layers: set scan_layers=False and remat=False; use layers.stacking.unstack "

@@ -70,16 +70,12 @@ class Block(nn.Module):
         y = LayerNorm(self.norm_epsilon, name="attention_norm", **common)(tokens.features)
         y, signals = Attention(
             self.heads, parts=self.parts, implementation=self.implementation, name="attention", **common
-        )(
-            y, key_bias=self._key_bias(tokens), signals=tuple(name for name in SIGNALS if name in wanted)
-        )
+        )(y, key_bias=self._key_bias(tokens), signals=tuple(name for name in SIGNALS if name in wanted))
         signals = signals.replace(layer=self.layer, grid=self.grid, cls_token=self.class_token)
         tokens = tokens.replace(features=tokens.features + self._drop(y))
         tokens, signals, before = self._reduce("between", tokens, signals)
         y = LayerNorm(self.norm_epsilon, name="mlp_norm", **common)(tokens.features)
-        mlp = self.parts.mlp(
-            self.mlp_dim, activation=self.activation, dropout=self.dropout, name="mlp", **common
-        )
+        mlp = self.parts.mlp(self.mlp_dim, activation=self.activation, dropout=self.dropout, name="mlp", **common)
         y = mlp(y, deterministic=self.deterministic)
         tokens = tokens.replace(features=tokens.features + self._drop(y))
         tokens, _, after = self._reduce("after", tokens, signals)

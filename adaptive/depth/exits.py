@@ -19,15 +19,6 @@ def max_probability(logits: Float[Array, "... C"]) -> Float[Array, "..."]:
     return jnp.exp(jnp.max(jax.nn.log_softmax(logits), axis=-1))
 
 
-def margin(logits: Float[Array, "... C"]) -> Float[Array, "..."]:
-    """Probability of the likeliest class less that of the second.
-
-    Source: Schuster et al. 2022 (CALM), softmax response.
-    """
-    best = jax.lax.top_k(jax.nn.softmax(logits), 2)[0]
-    return best[..., 0] - best[..., 1]
-
-
 def first_confident(confidence: Float[Array, "... L"], threshold: float | Array) -> Int[Array, "..."]:
     """Index of the first layer whose confidence is at least the threshold; the last one where there is none."""
     enough = confidence >= threshold
@@ -64,7 +55,8 @@ def ztw(tokens: TokenSet, signals: Signals, *, threshold: float = 0.9) -> Float[
     """1 at the first layer at which the ensemble of cascaded predictions is confident, 0 elsewhere and in padding.
 
     Args:
-      tokens: the token set; signals: `layer_scores [B, N, L]`, confidences of `geometric_ensemble` of each layer and those before.
+      tokens: the token set; signals: `layer_scores [B, N, L]`, confidences of the ensembles of
+        `geometric_ensemble`.
       threshold: above 1 nothing exits before the last layer.
 
     Source: Wolczyk et al. 2021.

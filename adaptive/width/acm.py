@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive Computation Modules: a module is N small learners in a row, and a gate says how many of them a token gets.
 
-Learner n adds to the sum of those before it, so a choice is a prefix: the units that run are the first k. Weights of all learners
-lie side by side: `up [D, U]`, `bias [U]`, `down [U, E]`, learner n owning columns `n U / K` to `(n + 1) U / K`.
+Learner n adds to the sum of those before it, so a choice is a prefix: the units that run are the first k. Weights of all
+learners lie side by side: `up [D, U]`, `bias [U]`, `down [U, E]`, learner n owning columns `n U / K` to `(n + 1) U / K`.
 
 Shapes: B batch, N tokens, R rows, D features, E outputs, K learners, U hidden numbers of all learners, C choices, S modules.
 
@@ -180,7 +180,7 @@ def skipping(
 def distillation_loss(outputs: Float[Array, "R P E"], target: Float[Array, "R E"]) -> Float[Array, ""]:
     """Mean squared error of all prefixes but the empty one, over rows, prefixes and features.
 
-    Source: Wojcik et al. 2025 (module-wise representation distillation); the empty prefix, in the public code's mean, is a constant.
+    Source: Wojcik et al. 2025 (module-wise distillation); the empty prefix, which the public code counts, is a constant.
     """
     return jnp.mean(jnp.square(outputs[:, 1:] - target[:, None]))
 

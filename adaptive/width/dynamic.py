@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamic width as in DyDiT, where it applies to a plain transformer: groups of hidden channels, and tokens that pass a layer by.
+"""Dynamic width as in DyDiT, where it applies to a plain transformer: groups of channels, and tokens that pass a layer by.
 
 Shapes: B batch, N tokens, K groups of channels.
 """

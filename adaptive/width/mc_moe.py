@@ -50,7 +50,7 @@ def mc_moe(
 
     Differs: the public code sums attention over keys, so that its importance is the norm of the token alone.
     """
-    if not (0 <= protected and 0 <= dropped and protected + dropped <= 1):
+    if min(protected, dropped) < 0 or protected + dropped > 1:
         raise ValueError(f"protected and dropped are shares that add up to at most 1; got {protected} and {dropped}")
     weights = jax.nn.softmax(signals.choice_logits.astype(jnp.float32))
     place = _place(weights)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ACM's learners in place of the feed-forward layer and the four projections of a block: implied and realised speedup.
 
-`implied` is the dense layers' multiply-adds over those of the gates and of the learners that run; `realised` the measured speedup,
-gates, sorting and putting back included. Weights are random; the last bias of each gate is set so that tokens get the asked
-share of learners on average, and differ in how many.
+`implied` is the dense layers' multiply-adds over those of the gates and of the learners that run; `realised` the measured
+speedup, gates, sorting and putting back included. Weights are random; the last bias of each gate is set so that tokens get
+the asked share of learners on average, and differ in how many.
 """
 
 from __future__ import annotations
@@ -114,9 +114,11 @@ def _row(options: argparse.Namespace, batch: int, share: float, part: str, names
 def _as_block(params: Any) -> dict[str, Any]:
     """The dense parameters under the names that they have in a model."""
     projections = {name: value for name, value in params.items() if name != "mlp"}
-    return {"mlp": params["mlp"]} if not projections else {"attention": projections} | {
-        name: value for name, value in params.items() if name == "mlp"
-    }
+    return (
+        {"mlp": params["mlp"]}
+        if not projections
+        else {"attention": projections} | {name: value for name, value in params.items() if name == "mlp"}
+    )
 
 
 def _with_share(

@@ -19,10 +19,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.tasks.acm import Acm
 from experiments.tasks.classification import Classification
+from experiments.tasks.language_modelling import LanguageModelling
 from experiments.tasks.seq2seq import Seq2Seq
 
-TASKS = {"classification": Classification, "seq2seq": Seq2Seq}
+TASKS = {
+    "acm": Acm,
+    "classification": Classification,
+    "language_modelling": LanguageModelling,
+    "seq2seq": Seq2Seq,
+}
 
 
 def build(config: ConfigDict) -> Any:
@@ -38,4 +45,4 @@ def build(config: ConfigDict) -> Any:
     return TASKS[config.task].from_config(config)
 
 
-__all__ = ["TASKS", "Classification", "Seq2Seq", "build"]
+__all__ = ["TASKS", "Acm", "Classification", "LanguageModelling", "Seq2Seq", "build"]

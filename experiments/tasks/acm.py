@@ -20,12 +20,13 @@ from ml_collections import ConfigDict
 
 from adaptive import flops
 from adaptive.width import acm
+from experiments import parallel
 from experiments.tasks.models import check_keys
-from layers.acm import AcmParts, Gate, Learners, Module, acmize, gate_logits, modules, weights
-from layers.parts import Parts, captured
+from layers.acm import AcmParts, Gate, Module, acmize, gate_logits, modules, weights
+from layers.parts import captured
 
 # Which modules of a model become learners, by the name of the task that it is trained with.
-WHERE = {"classification": ".*", "seq2seq": "encoder_.*"}
+WHERE = {"classification": ".*", "language_modelling": ".*", "seq2seq": "encoder_.*"}
 SECTION = {
     "task": "classification",
     "learners": 4,
@@ -40,13 +41,37 @@ SECTION = {
     "loss": "task",
     # Not 0: every token gets so many learners, and gates are not used.
     "uniform": 0,
+    "phases": {},
+}
+# Steps and learning rates of the phases before the last one, and the threshold of labels; see `experiments.acm`.
+PHASES = {
+    "dense_steps": 1_000,
+    "dense_peak": 2e-3,
+    "dense_warmup": 100,
+    "dense_weight_decay": 0.05,
+    "distill_steps": 300,
+    "distill_peak": 1e-3,
+    "gate_steps": 150,
+    "gate_peak": 1e-2,
+    "tau": 1 / 1.2,
 }
 
 
 def acm_section(**values: Any) -> dict[str, Any]:
     """The `acm` section of a model config, with `values` in place of the defaults."""
     check_keys("model.acm", values, SECTION)
-    return {**SECTION, **values}
+    return {**SECTION, **values, "phases": phase_settings(values)}
+
+
+def phase_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The `phases` of an `acm` section, with defaults.
+
+    Raises:
+      ValueError: an unknown key.
+    """
+    given = dict(section.get("phases", {}))
+    check_keys("model.acm.phases", given, PHASES)
+    return {**PHASES, **given}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +141,8 @@ class Acm:
         return {} if self.teacher is None else {"teacher": self.teacher}
 
     def normalizers(self, batch: Any) -> dict[str, Any]:
-        """Those of the wrapped task."""
-        return self.inner.normalizers(batch)
+        """Those of the wrapped task, and the number of examples."""
+        return self.inner.normalizers(batch) | {"acm_examples": _examples(batch)}
 
     def update_extra(self, extra: Any, metrics: Any, step: Any) -> Any:
         """Nothing moves."""
@@ -129,19 +154,12 @@ class Acm:
         return dataclasses.replace(self, settings={**self.settings, "uniform": self.parts.learners})
 
     def count(self, metrics: dict[str, float]) -> flops.Count:
-        """MACs of one example: those of the dense model, with gates and the learners that an evaluation used in place of modules."""
-        whole = self.inner.count({**metrics, "kept": 1.0}).blocks
+        """MACs of one example: the dense model's, with gates and the learners that an evaluation used in place of modules."""
+        whole = self.inner.count({**metrics, "kept": 1.0})
         if self.settings["uniform"] == self.parts.learners:
-            return flops.Count(whole)
-        tokens = self.tokens_per_example
-        used = {name.removeprefix("learners/"): n for name, n in metrics.items() if name.startswith("learners/")}
-        found = self.modules_of_model()
-        spent = {
-            "gates": 0 if self.settings["uniform"] else sum(tokens * module.gate for module in found),
-            "learners": sum(tokens * module.learner * used[module.path] for module in found),
-        }
-        replaced = sum(tokens * module.dense for module in found)
-        return flops.Count({"dense": sum(whole.values()) - replaced, **spent})
+            return whole
+        spent = {name: metrics[f"macs/{name}"] for name in ("gates", "learners")}
+        return flops.Count({"dense": whole.macs - metrics["macs/replaced"], **spent})
 
     def loss(
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
@@ -155,7 +173,8 @@ class Acm:
             loss = self._distance(calls[""].result[0], batch, extra, options)
         if self.settings["uniform"]:
             return loss, metrics
-        chosen, found = _chosen(calls), self.modules_of_model()
+        found = self.modules(batch)
+        chosen = _chosen(calls, found)
         weight = _real(batch, chosen[0])
         share = acm.spent(chosen, [module.learner for module in found], weight)
         terms = {
@@ -163,8 +182,8 @@ class Acm:
             "entropy": acm.entropy_loss(chosen, weight, least=[module.least for module in found]),
             "diversity": acm.diversity_loss(chosen, weight),
         }
-        examples = jnp.float32(share.shape[0])
-        part = examples / normalizers["examples"]
+        examples = _examples(batch)
+        part = examples / normalizers["acm_examples"]
         loss += part * sum(self.settings[f"{name}_weight"] * value for name, value in terms.items())
         measured = {f"acm/{name}": (value * examples, examples) for name, value in terms.items()}
         return loss, metrics | measured | {"share": (jnp.sum(share), examples)}
@@ -172,22 +191,49 @@ class Acm:
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
         """The wrapped task's metrics, the share of learners' cost, learners used by module, and the load of each choice."""
         del extra
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return self._evaluate(params, batch)
+        # Rows are sorted among those of one device.
+        split, whole = jax.sharding.PartitionSpec(parallel.AXES), jax.sharding.PartitionSpec()
+
+        @parallel.each_device_alone
+        def local(params: Any, batch: Any) -> Any:
+            return jax.lax.psum(self._evaluate(params, batch), parallel.AXES)
+
+        return jax.shard_map(local, in_specs=(whole, split), out_specs=whole, check_vma=False)(params, batch)
+
+    def _evaluate(self, params: Any, batch: Any) -> dict[str, Any]:
         with captured(_gates_and_model) as calls:
             metrics = self._with("skip").eval_step(params, batch, extra={})
-        found = self.modules_of_model()
+        found, examples = self.modules(batch), jnp.sum(batch["weight"])
         if self.settings["uniform"]:
-            one = (jnp.float32(self.settings["uniform"]), jnp.float32(1))
-            return metrics | {f"learners/{module.path}": one for module in found}
-        chosen = _chosen(calls)
-        weight = _real(batch, chosen[0]) * batch["weight"][:, None]
+            used = {module.path: max(self.settings["uniform"], module.least) for module in found}
+            return metrics | self._spent(found, used, examples, gates=0)
+        chosen, used = _chosen(calls, found), {}
+        real = _real(batch, chosen[0])
+        weight = real * batch["weight"][:, None]
         total = jnp.sum(weight)
         for module, units in zip(found, chosen, strict=True):
-            used = jnp.sum(units, axis=-1)
-            metrics[f"learners/{module.path}"] = (jnp.sum(used * weight), total)
+            numbers = jnp.sum(units, axis=-1)
+            used[module.path] = jnp.sum(numbers * weight) / jnp.maximum(total, 1.0)
             for number in range(module.least, units.shape[-1] + 1):
-                metrics[f"load/{module.path}/{number}"] = (jnp.sum((used == number) * weight), total)
-        share = acm.spent(chosen, [module.learner for module in found], _real(batch, chosen[0]))
-        return metrics | {"share": (jnp.sum(share * batch["weight"]), jnp.sum(batch["weight"]))}
+                metrics[f"load/{module.path}/{number}"] = (jnp.sum((numbers == number) * weight), total)
+        share = acm.spent(chosen, [module.learner for module in found], real)
+        metrics["share"] = (jnp.sum(share * batch["weight"]), examples)
+        return metrics | self._spent(found, used, examples, gates=1)
+
+    def _spent(self, found: Any, used: Mapping[str, Any], examples: Any, *, gates: int) -> dict[str, Any]:
+        """Learners used by module, and the MACs of an example that `count` needs; means weighed by examples."""
+        tokens = self.tokens_per_example
+        macs = {
+            "replaced": sum(tokens * module.dense for module in found),
+            "gates": gates * sum(tokens * module.gate for module in found),
+            "learners": sum(tokens * module.learner * used[module.path] for module in found),
+        }
+        return {f"learners/{path}": (number * examples, examples) for path, number in used.items()} | {
+            f"macs/{name}": (value * examples, examples) for name, value in macs.items()
+        }
 
     # ---- Phases.
 
@@ -203,13 +249,14 @@ class Acm:
         """Phase 2 with labels by `tau`."""
         return GateTraining(self.inner, self.parts, self.settings, teacher, tau)
 
-    def modules_of_model(self) -> tuple[Module, ...]:
-        """The modules that become learners, in the order in which the model's layers come."""
-        return _modules(self.inner, self.parts, self.where)
+    def modules(self, batch: Any) -> tuple[Module, ...]:
+        """The modules that become learners, found in the shapes of the dense model's parameters."""
+        abstract = jax.eval_shape(lambda batch: self.inner.init(jax.random.key(0), batch)["params"], batch)
+        return modules(abstract, self.parts, where=self.where)
 
     def teacher_calls(self, batch: Any, extra: Any, **options: Any) -> dict[str, tuple[Any, Any]]:
         """Inputs `[R, D]` and outputs `[R, E]` of each module of the teacher, by path."""
-        found = {module.path: module for module in self.modules_of_model()}
+        found = {module.path: module for module in self.modules(batch)}
         with captured(lambda module: "/".join(module.path) in found) as calls:
             self.inner.loss(extra["teacher"], batch, extra={}, **{**options, "train": False})
         return {
@@ -232,8 +279,9 @@ class Acm:
         teacher = jax.nn.log_softmax(jax.lax.stop_gradient(calls[""].result[0]))
         divergence = jnp.sum(jnp.exp(teacher) * (teacher - jax.nn.log_softmax(logits)), axis=-1)
         mask = jnp.ones_like(divergence) if divergence.ndim == 1 else (batch["labels"] != 0).astype(jnp.float32)
-        total = options["normalizers"]["examples" if divergence.ndim == 1 else "targets"]
-        return jnp.sum(divergence * mask) / total
+        normalizers = options["normalizers"]
+        names = ("examples",) if divergence.ndim == 1 else ("targets", "tokens")
+        return jnp.sum(divergence * mask) / next(normalizers[name] for name in names if name in normalizers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +294,11 @@ class Distillation(Acm):
         """The mean over modules of their distances, and the loss of each as a metric."""
         del train
         calls = self.teacher_calls(batch, extra, rng=rng, step=step, normalizers=normalizers)
-        losses = {m.path: acm.distillation_loss(self.outputs(params, m, calls), calls[m.path][1]) for m in self._found}
+        losses = {
+            m.path: acm.distillation_loss(self.outputs(params, m, calls), calls[m.path][1]) for m in self.modules(batch)
+        }
         examples = _examples(batch)
-        part = examples / normalizers["examples"]
+        part = examples / normalizers["acm_examples"]
         return part * sum(losses.values()) / len(losses), {
             f"distillation/{path}": (value * examples, examples) for path, value in losses.items()
         }
@@ -258,7 +308,7 @@ class Distillation(Acm):
         options = dict(rng=jax.random.key(0), step=0, normalizers=self.normalizers(batch))
         calls = self.teacher_calls(batch, extra, **options)
         weight, metrics = batch["weight"], {}
-        for module in self._found:
+        for module in self.modules(batch):
             target = calls[module.path][1]
             rows = jnp.repeat(weight, target.shape[0] // weight.shape[0])
             missed = jnp.square(acm.errors(self.outputs(params, module, calls), target))
@@ -271,10 +321,6 @@ class Distillation(Acm):
         """`[R, K + 1, E]`, what the learners of a module make of the teacher's inputs."""
         up, bias, down = weights(params, module)
         return acm.prefixes(calls[module.path][0], up, bias, down, self.parts.learners, activation=module.activation)
-
-    @property
-    def _found(self) -> tuple[Module, ...]:
-        return self.modules_of_model()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,10 +340,10 @@ class GateTraining(Distillation):
         del train
         calls = self.teacher_calls(batch, extra, rng=rng, step=step, normalizers=normalizers)
         examples, losses = _examples(batch), {}
-        for module in self._found:
+        for module in self.modules(batch):
             labels, logits = self._labels(params, module, calls)
             losses[module.path] = acm.gate_loss(logits, labels, self.parts.learners)
-        part = examples / normalizers["examples"]
+        part = examples / normalizers["acm_examples"]
         return part * sum(losses.values()) / len(losses), {
             f"gate/{path}": (value * examples, examples) for path, value in losses.items()
         }
@@ -306,7 +352,7 @@ class GateTraining(Distillation):
         """How often gates agree with their labels, and how often each label stands, `label/PATH/NUMBER`."""
         calls = self.teacher_calls(batch, extra, rng=jax.random.key(0), step=0, normalizers=self.normalizers(batch))
         metrics = {}
-        for module in self._found:
+        for module in self.modules(batch):
             labels, logits = self._labels(params, module, calls)
             weight = jnp.repeat(batch["weight"], labels.shape[0] // batch["weight"].shape[0])
             total = jnp.sum(weight)
@@ -321,6 +367,11 @@ class GateTraining(Distillation):
         given, target = calls[module.path]
         distances = acm.errors(jax.lax.stop_gradient(self.outputs(params, module, calls)), target)
         return acm.gate_labels(distances, self.tau), gate_logits(params, module, self.parts, given)
+
+
+def _chosen(calls: Mapping[str, Any], found: Any) -> list[Any]:
+    """Units `[B, N, K]` of each module."""
+    return [calls[f"{module.path}/learners/gate"].result for module in found]
 
 
 def label_histograms(metrics: Mapping[str, float]) -> dict[str, np.ndarray]:
@@ -341,14 +392,16 @@ def loads(metrics: Mapping[str, float]) -> dict[str, dict[int, float]]:
     return found
 
 
-def _modules(inner: Any, parts: AcmParts, where: str) -> tuple[Module, ...]:
-    """The modules of the dense model, found in the shapes of its parameters, in the order in which their gates are called."""
-    batch = _example_batch(inner)
-    abstract = jax.eval_shape(lambda: inner.init(jax.random.key(0), batch)["params"])
-    found = {module.path: module for module in modules(abstract, parts, where=where)}
-    return tuple(found.values())
+def _gates_and_model(module: Any) -> bool:
+    return isinstance(module, Gate) or not module.path
 
 
-def _chosen(calls: Mapping[str, Any]) -> list[Any]:
-    """Units `[B, N, K]` of each module, in the order of `modules`: by the path of the module that holds the gate."""
-    return [call.result for path, call in sorted(calls.items(), key=lambda item: _order(item[0])) if path]
+def _examples(batch: Any) -> Any:
+    return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
+
+
+def _real(batch: Any, chosen: Any) -> Any:
+    """`[B, N]` 1 for tokens that are no padding."""
+    if "input_ids" not in batch:
+        return jnp.ones(chosen.shape[:2], jnp.float32)
+    return (batch["input_ids"] != 0).astype(jnp.float32)

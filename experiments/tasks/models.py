@@ -11,7 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from adaptive import budgets, registry
+from layers.decoder_lm import DecoderLM
 from layers.hooks import Reduce
+from layers.rotary import Llama3Scaling
 from layers.t5 import T5
 from layers.vit import ViT
 
@@ -28,7 +30,9 @@ REDUCTION = {
 
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
-NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
+NOT_OF_A_SECTION = {
+    "parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess", "feed_forward",
+}  # fmt: skip
 
 
 def reduction_section(**values: Any) -> dict[str, Any]:
@@ -121,3 +125,16 @@ def build_t5(section: Mapping[str, Any], *, dtype: str) -> T5:
     for name in ("gate_hyper", "chunk_hyper"):
         attributes[name] = tuple(sorted(dict(section.get(name, {})).items()))
     return T5(**attributes, dtype=jnp.dtype(dtype))
+
+
+def build_decoder(section: Mapping[str, Any], *, dtype: str) -> DecoderLM:
+    """The decoder of a model section; an empty `rotary_scaling` is none.
+
+    Raises:
+      ValueError: unknown keys.
+    """
+    attributes = _attributes(DecoderLM, section, ("losses", "rotary_scaling"))
+    scaling = dict(section.get("rotary_scaling", {}))
+    check_keys("model.rotary_scaling", scaling, (field.name for field in dataclasses.fields(Llama3Scaling)))
+    attributes["rotary_scaling"] = Llama3Scaling(**scaling) if scaling else None
+    return DecoderLM(**attributes, dtype=jnp.dtype(dtype))

@@ -217,13 +217,13 @@ class ViT(nn.Module):
         self._check(pixel_values)
         tokens = self._embed(pixel_values, token_mask, deterministic)
         if self.scan_layers:
-            tokens, reduction = self._scan(tokens, token_mask is not None, deterministic), None
+            tokens, reduction, handed = self._scan(tokens, token_mask is not None, deterministic), None, {}
             counts = jnp.broadcast_to(tokens.count, (self.depth, tokens.count.shape[0]))
         else:
-            tokens, reduction, counts = self._unroll(tokens, token_mask is not None, deterministic)
+            tokens, reduction, counts, handed = self._unroll(tokens, token_mask is not None, deterministic)
         features = LayerNorm(self.norm_epsilon, self.dtype, self.param_dtype, name="final_norm")(tokens.features)
         tokens = tokens.replace(features=features)
-        aux = {"tokens": counts, "reduction": reduction, "token_set": tokens, "losses": {}}
+        aux = {"tokens": counts, "reduction": reduction, "token_set": tokens, "losses": {}} | handed
         return self._head(self._pool(tokens)), aux
 
     def _check(self, pixels: Array) -> None:
@@ -296,8 +296,8 @@ class ViT(nn.Module):
 
     def _unroll(
         self, tokens: TokenSet, weighted: bool, deterministic: bool
-    ) -> tuple[TokenSet, Reduction | DenseReduction | None, Array]:
-        """All blocks; the composed reduction; the counts `[L, B]`."""
+    ) -> tuple[TokenSet, Reduction | DenseReduction | None, Array, dict[str, Any]]:
+        """All blocks; the composed reduction; the counts `[L, B]`; what a kind of ViT adds to aux."""
         total, counts = None, []
         for layer in range(self.depth):
             block = self._block(
@@ -308,7 +308,7 @@ class ViT(nn.Module):
                 total = reduction if total is None else total.then(reduction)
             weighted = weighted or bool(reductions)
             counts.append(tokens.count)
-        return tokens, total, jnp.stack(counts)
+        return tokens, total, jnp.stack(counts), {}
 
     def _scan(self, tokens: TokenSet, weighted: bool, deterministic: bool) -> TokenSet:
         def body(block: Block, tokens: TokenSet, _: None) -> tuple[TokenSet, None]:

@@ -25,19 +25,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict(
         dict(
             patch_size=8,
-            width=96,
-            depth=6,
+            width=64,
+            depth=4,
             heads=4,
-            mlp_dim=384,
+            mlp_dim=256,
             num_classes=10,
             pool="cls",
             positions="sincos2d",
             acm=acm_section(
                 task="classification",
                 learners=given.learners,
-                gate_hidden=(8,),
+                gate_hidden=(4,),
                 target=given.target,
-                phases=dict(dense_steps=1_500, distill_steps=400, gate_steps=200),
+                phases=dict(dense_steps=2_000, distill_steps=500, gate_steps=100),
             ),
         )
     )
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dict(source="digits", image_size=48, scale=(0.5, 0.75), clutter=4, examples=20_000, cache=True)
     )
     config.steps = 500
-    config.batch_size = 64
+    config.batch_size = 32
     config.optimizer.peak = 1e-3
     config.optimizer.warmup = 50
     config.eval.every = 500

@@ -21,12 +21,15 @@ from ml_collections import ConfigDict
 
 from experiments.tasks.acm import Acm
 from experiments.tasks.classification import Classification
+from experiments.tasks.depth import EarlyExit, Halting
 from experiments.tasks.language_modelling import LanguageModelling
 from experiments.tasks.seq2seq import Seq2Seq
 
 TASKS = {
     "acm": Acm,
     "classification": Classification,
+    "early_exit": EarlyExit,
+    "halting": Halting,
     "language_modelling": LanguageModelling,
     "seq2seq": Seq2Seq,
 }
@@ -45,4 +48,4 @@ def build(config: ConfigDict) -> Any:
     return TASKS[config.task].from_config(config)
 
 
-__all__ = ["TASKS", "Acm", "Classification", "LanguageModelling", "Seq2Seq", "build"]
+__all__ = ["TASKS", "Acm", "Classification", "EarlyExit", "Halting", "LanguageModelling", "Seq2Seq", "build"]

@@ -31,7 +31,7 @@ REDUCTION = {
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
 NOT_OF_A_SECTION = {
-    "parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess", "feed_forward",
+    "parent", "name", "hooks", "parts", "dtype", "param_dtype", "hard_probability", "score_excess", "feed_forward",
 }  # fmt: skip
 
 
@@ -94,16 +94,18 @@ def _schedule(settings: Mapping[str, Any]) -> Any:
     return (settings["r"], float(settings["inflection"])) if settings["inflection"] else settings["r"]
 
 
-def build_vit(section: Mapping[str, Any], *, image_size: int, channels: int, dtype: str) -> ViT:
-    """The ViT of a model section; `variant="B/16"` stands for a published shape.
+def build_vit(
+    section: Mapping[str, Any], *, image_size: int, channels: int, dtype: str, module: type[ViT] = ViT
+) -> ViT:
+    """The ViT of a model section, of the class `module`; `variant="B/16"` stands for a published shape.
 
     Raises:
       ValueError: unknown keys, or a reduction that does not fit.
     """
-    attributes = _attributes(ViT, section, ("variant", "reduction", "image_size", "channels"))
+    attributes = _attributes(module, section, ("variant", "reduction", "image_size", "channels"))
     attributes |= dict(image_size=(image_size, image_size), channels=channels, dtype=jnp.dtype(dtype))
     variant = section.get("variant", "")
-    model = ViT.named(variant, **attributes) if variant else ViT(**attributes)
+    model = module.named(variant, **attributes) if variant else module(**attributes)
     return model.clone(hooks=with_reduction(model, section.get("reduction", {})).hooks)
 
 

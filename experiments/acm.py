@@ -5,8 +5,8 @@ r"""Trains a model with Adaptive Computation Modules through all phases, each a 
     python -m experiments.acm --config=configs/acm/digits.py:target=0.25 --workdir=runs/acm25 --dense=runs/acm/dense
 
 The runs: `dense` (the model itself, unless `--dense` names a run of it), `distilled` (all modules at once),
-`gated` (gates learn labels), `tuned` (end to end, under the budget). The last one is an ordinary run, which `experiments.evaluate`
-takes. Starting the same command again continues.
+`gated` (gates learn labels), `tuned` (end to end, under the budget). The last one is an ordinary run, for
+`experiments.evaluate`. Starting the same command again continues.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ accelerator. Starting the same command again continues: runs resume from their c
 
 `--data NAME=FOLDER` gives a study data that are not embedded; without them its tables say "not run".
   text     files LANG_*.txt.gz with text in several languages (mrt5)
+  cifar10  a folder of TensorFlow Datasets with cifar10, as configs/tome/cifar10.py says (acm)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from experiments.studies.study import Context
 from experiments.train import Interrupted, quiet_logs
 
 SUITES = ("headline", "quick", "full")
-DATA = ("text",)
+DATA = ("text", "cifar10")
 
 
 def main(argv: list[str] | None = None) -> int:

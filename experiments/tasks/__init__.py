@@ -24,6 +24,7 @@ from experiments.tasks.classification import Classification
 from experiments.tasks.depth import EarlyExit, Halting
 from experiments.tasks.language_modelling import LanguageModelling
 from experiments.tasks.seq2seq import Seq2Seq
+from experiments.tasks.token_exits import TokenExit
 
 TASKS = {
     "acm": Acm,
@@ -32,6 +33,7 @@ TASKS = {
     "halting": Halting,
     "language_modelling": LanguageModelling,
     "seq2seq": Seq2Seq,
+    "token_exit": TokenExit,
 }
 
 
@@ -48,4 +50,14 @@ def build(config: ConfigDict) -> Any:
     return TASKS[config.task].from_config(config)
 
 
-__all__ = ["TASKS", "Acm", "Classification", "EarlyExit", "Halting", "LanguageModelling", "Seq2Seq", "build"]
+__all__ = [
+    "TASKS",
+    "Acm",
+    "Classification",
+    "EarlyExit",
+    "Halting",
+    "LanguageModelling",
+    "Seq2Seq",
+    "TokenExit",
+    "build",
+]

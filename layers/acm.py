@@ -335,31 +335,68 @@ def _gate_macs(inputs: int, parts: AcmParts, *, least: int) -> int:
     return sum(a * b for a, b in itertools.pairwise(widths))
 
 
-def acmize(params: Mapping[str, Any], parts: AcmParts, key: Array, *, where: str = ".*") -> dict[str, Any]:
+STARTS = ("random", "dense")
+
+
+def acmize(
+    params: Mapping[str, Any], parts: AcmParts, key: Array, *, where: str = ".*", start: str = "random"
+) -> dict[str, Any]:
     """The parameters of a dense model with learners and gates in place of its projections and feed-forward layers.
 
-    What is replaced is drawn anew, as the paper does, and learns from the dense modules by distillation; the rest is kept. The
-    result fits `model.clone(parts=parts)`.
+    What is replaced learns from the dense modules by distillation; the rest is kept. The result fits `model.clone(parts=parts)`.
 
     Args:
       params: arrays of a ViT, a T5 or a decoder LM with unrolled layers.
       parts: see `AcmParts`; key: for the new parameters.
       where: a pattern for the paths of modules; "encoder_.*" for a T5.
+      start: "random" draws all learners; "dense" cuts them from the dense module: its neurons, the heaviest first, and the
+        singular vectors of its projections, so that every prefix is near the best of its width before any training.
 
     Raises:
-      ValueError: nothing matches, or the learners do not divide a width.
+      ValueError: nothing matches, the learners do not divide a width, or an unknown start.
 
     Source: Wojcik et al. 2025 ("ACMization").
+
+    Differs: the paper draws all learners; start="dense" is ours, for short distillations.
     """
+    if start not in STARTS:
+        raise ValueError(f"start={start!r} is not one of {STARTS}")
     found = modules(params, parts, where=where)
     flat = flatten_dict(dict(params))
     paths = {tuple(module.path.split("/")) for module in found}
     kept = {path: leaf for path, leaf in flat.items() if not any(path[: len(p)] == p for p in paths)}
     for module, own in zip(found, jax.random.split(key, len(found)), strict=True):
         path = (*module.path.split("/"), "learners")
-        fresh = _learners(module, parts).init(own, jnp.zeros((1, 1, module.inputs)))
-        kept |= {(*path, *name): leaf for name, leaf in flatten_dict(meta.unbox(fresh)["params"]).items()}
+        fresh = meta.unbox(_learners(module, parts).init(own, jnp.zeros((1, 1, module.inputs))))["params"]
+        if start == "dense":
+            fresh = {**fresh, **_from_dense(flat, module, parts.learners)}
+        kept |= {(*path, *name): leaf for name, leaf in flatten_dict(fresh).items()}
     return unflatten_dict(kept)
+
+
+def _from_dense(flat: Mapping[tuple[str, ...], Array], module: Module, learners: int) -> dict[str, Array]:
+    """Weights of learners cut from a dense module; none from a gated one, which has no single hidden layer."""
+    path = tuple(module.path.split("/"))
+    if module.activation == "identity":
+        return _low_rank(flat[*path, "kernel"], flat.get((*path, "bias")), module, learners)
+    if (*path, "gate", "kernel") in flat:
+        return {}
+    up, down = flat[*path, "hidden", "kernel"], flat[*path, "out", "kernel"]
+    bias = flat.get((*path, "hidden", "bias"), jnp.zeros(up.shape[1], up.dtype))
+    order = jnp.argsort(-jnp.linalg.norm(up, axis=0) * jnp.linalg.norm(down, axis=1))
+    return {"up": up[:, order], "bias": bias[order], "down": down[order]}
+
+
+def _low_rank(kernel: Array, bias: Array | None, module: Module, learners: int) -> dict[str, Array]:
+    """The largest singular values first; the bias as what hidden biases can give of it."""
+    rank = module.width * learners
+    left, values, right = jnp.linalg.svd(kernel.reshape(module.inputs, module.outputs), full_matrices=False)
+    root = jnp.sqrt(jnp.pad(values, (0, max(rank - len(values), 0)))[:rank])
+    left = jnp.pad(left, ((0, 0), (0, max(rank - left.shape[1], 0))))[:, :rank]
+    right = jnp.pad(right, ((0, max(rank - right.shape[0], 0)), (0, 0)))[:rank]
+    down = root[:, None] * right
+    inner = jnp.zeros(rank, kernel.dtype) if bias is None else bias.reshape(-1) @ jnp.linalg.pinv(down)
+    return {"up": left * root, "bias": inner, "down": down}
 
 
 def _learners(module: Module, parts: AcmParts) -> Learners:

@@ -84,11 +84,11 @@ class ExitHead(nn.Module):
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = LayerNorm(name="norm", **common)(x)
         for index in range(2):
-            axes = ("embed", "mlp") if index == 0 else ("mlp", "mlp_out")
+            axes = ("embed", "mlp") if index == 0 else ("mlp", "gate")
             x = activation("gelu")(Linear((self.hidden,), axes, name=f"hidden_{index}", **common)(x))
         if before is not None:
             x = jnp.concatenate([x, LayerNorm(name="before", **common)(jax.lax.stop_gradient(before))], axis=-1)
-        return Linear((self.classes,), ("embed", "classes"), name="logits", **common)(x).astype(jnp.float32)
+        return Linear((self.classes,), ("gate", "classes"), name="logits", **common)(x).astype(jnp.float32)
 
 
 class ExitViT(ViT):

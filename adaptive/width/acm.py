@@ -259,15 +259,16 @@ def spent(chosen: Sequence[Array], costs: Sequence[float], weight: Float[Array, 
     return total / sum(cost * c.shape[-1] for c, cost in zip(chosen, costs, strict=True))
 
 
-def budget_loss(share: Float[Array, " B"], target: float) -> Float[Array, ""]:
+def budget_loss(share: Float[Array, " B"], target: float | Array) -> Float[Array, ""]:
     """Distance of the batch's mean share of cost from the target, 0 at best.
 
     Raises:
-      ValueError: a target outside (0, 1].
+      ValueError: a Python target outside (0, 1] (a traced one cannot be checked).
 
     Source: Wojcik et al. 2025, L_b.
     """
-    check_target(target)
+    if isinstance(target, (int, float)):
+        check_target(target)
     return jnp.abs(jnp.mean(share) - target)
 
 

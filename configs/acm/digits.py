@@ -37,6 +37,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 learners=given.learners,
                 gate_hidden=(4,),
                 target=given.target,
+                # Stronger than the paper's 0.1, and learners cut from the dense model: the training is short.
+                budget_weight=2.0,
+                start="dense",
                 phases=dict(dense_steps=2_000, distill_steps=500, gate_steps=100),
             ),
         )

@@ -33,6 +33,8 @@ SECTION = {
     "gate_hidden": (16, 16),
     "temperature": 0.8,
     "projections": True,
+    # "random", or "dense": learners cut from the dense modules; see `layers.acm.acmize`.
+    "start": "random",
     "target": 0.5,
     "budget_weight": 0.1,
     "entropy_weight": 0.05,
@@ -137,8 +139,9 @@ class Acm:
         return self._with("masked").init(rng, batch)
 
     def init_extra(self) -> dict[str, Any]:
-        """The teacher's parameters, where there is one: an argument of the compiled step, and part of its checkpoints."""
-        return {} if self.teacher is None else {"teacher": self.teacher}
+        """The target, and the teacher's parameters where there is one: arguments of the compiled step, kept in checkpoints."""
+        target = {"target": jnp.float32(self.settings["target"])}
+        return target if self.teacher is None else target | {"teacher": self.teacher}
 
     def normalizers(self, batch: Any) -> dict[str, Any]:
         """Those of the wrapped task, and the number of examples."""
@@ -178,7 +181,7 @@ class Acm:
         weight = _real(batch, chosen[0])
         share = acm.spent(chosen, [module.learner for module in found], weight)
         terms = {
-            "budget": acm.budget_loss(share, self.settings["target"]),
+            "budget": acm.budget_loss(share, extra["target"]),
             "entropy": acm.entropy_loss(chosen, weight, least=[module.least for module in found]),
             "diversity": acm.diversity_loss(chosen, weight),
         }
@@ -239,7 +242,7 @@ class Acm:
 
     def start(self, params: Any, key: Any) -> Any:
         """The parameters with fresh learners and gates, from those of the dense model."""
-        return acmize(params, self.parts, key, where=self.where)
+        return acmize(params, self.parts, key, where=self.where, start=self.settings["start"])
 
     def distillation(self, teacher: Any) -> Distillation:
         """Phase 1 from this dense model."""

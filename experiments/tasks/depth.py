@@ -46,6 +46,10 @@ class EarlyExit(Classification):
         own = {name: config.model[name] for name in ("threshold", "ensemble") if name in config.model}
         return cls(_vit(config, ExitViT, ("threshold", "ensemble")), **own)
 
+    def init_extra(self) -> dict[str, Any]:
+        """The threshold: an argument of the compiled step."""
+        return {"threshold": jnp.float32(self.threshold)}
+
     def dense(self) -> EarlyExit:
         """The same without leaving early."""
         return dataclasses.replace(self, threshold=2.0)
@@ -71,10 +75,9 @@ class EarlyExit(Classification):
 
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
         """Metrics at the exit that each image takes, and how many take each."""
-        del extra
         logits, weight = self.logits(params, batch["image"]), batch["weight"]
         used = ExitViT.ensemble(params, logits) if self.ensemble else logits
-        chosen = exits.first_confident(exits.max_probability(used), self.threshold)
+        chosen = exits.first_confident(exits.max_probability(used), extra["threshold"])
         taken = jnp.take_along_axis(used, chosen[:, None, None], axis=1)[:, 0]
         shares = {
             f"exit/{index}": (jnp.sum((chosen == index) * weight), jnp.sum(weight)) for index in range(used.shape[1])

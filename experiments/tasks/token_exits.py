@@ -42,6 +42,10 @@ class TokenExit(LanguageModelling):
         plain = LanguageModelling.from_config(inner)
         return cls(plain.model, plain.length, plain.losses, **own)
 
+    def init_extra(self) -> dict[str, Any]:
+        """The threshold: an argument of the compiled step."""
+        return {"threshold": jnp.float32(self.threshold)}
+
     def dense(self) -> TokenExit:
         """All layers for every token."""
         return dataclasses.replace(self, threshold=2.0)
@@ -68,9 +72,8 @@ class TokenExit(LanguageModelling):
 
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
         """Cross-entropy, bits a token and layers a token."""
-        del extra
         logits = jnp.stack(self._logits(params, batch, True, None), axis=-2)
-        chosen = exits.first_confident(calm.margin(logits), self.threshold)
+        chosen = exits.first_confident(calm.margin(logits), extra["threshold"])
         taken = jnp.take_along_axis(logits, chosen[..., None, None], axis=-2)[..., 0, :]
         losses, mask = token_losses(taken, batch["labels"])
         weight = batch["weight"][:, None] * mask

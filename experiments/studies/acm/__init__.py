@@ -13,20 +13,20 @@ from typing import Any
 from experiments.studies.acm import images, text
 from experiments.studies.study import Context
 
-_SHORT = {"dense_steps": 1_200, "distill_steps": 300, "gate_steps": 60}
+_SHORT = {"dense_steps": 1_000, "distill_steps": 250, "gate_steps": 50}
 _IMAGES = {
     "config": "acm/digits.py",
     "overrides": {
-        "steps": 300,
+        "steps": 250,
         "optimizer.warmup": 20,
-        "data.image_size": 48,
+        "data.image_size": 32,
         **{f"model.acm.phases.{k}": v for k, v in _SHORT.items()},
     },
     "targets": (0.8, 0.65, 0.5, 0.35, 0.2),
-    "thresholds": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
-    "depths": (1.5, 2.0, 3.0),
-    "experts": (2, 4, 8, 12),
-    "ratios": (0.5, 0.9),
+    "thresholds": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97),
+    "depths": (1.5, 2.5),
+    "experts": (2, 4, 8),
+    "ratios": (0.8,),
     "widths": (0.25, 0.5),
     "baselines": ("uniform", "early_exit", "ztw", "avit", "moefication", "mc_moe", "dydit"),
     "batches": (8, 32, 128),

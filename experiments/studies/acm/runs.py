@@ -99,7 +99,7 @@ class Runs:
         dataset = self.dataset() if dataset is None else dataset()
         program = train.build_program(self.config(), task, dataset.spec)
         options = dict(batches=self.context.settings["evaluated"] or None, repeats=self.context.settings["repeats"])
-        found = assess(program, task, params, {}, dataset, speed=speed, **options)
+        found = assess(program, task, params, task.init_extra(), dataset, speed=speed, **options)
         load = loads(found)
         plain = {name: float(v) for name, v in found.items() if isinstance(v, float | np.floating)}
         plain = {name: value for name, value in plain.items() if not name.startswith(("load/", "macs/"))}

@@ -343,7 +343,8 @@ def acmize(
 ) -> dict[str, Any]:
     """The parameters of a dense model with learners and gates in place of its projections and feed-forward layers.
 
-    What is replaced learns from the dense modules by distillation; the rest is kept. The result fits `model.clone(parts=parts)`.
+    What is replaced learns from the dense modules by distillation; the rest is kept. The result fits
+    `model.clone(parts=parts)`.
 
     Args:
       params: arrays of a ViT, a T5 or a decoder LM with unrolled layers.

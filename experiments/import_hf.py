@@ -13,8 +13,8 @@ Known are ByT5, T5 1.1, mT5 and MrT5 (task seq2seq), Llama and Qwen2 (task langu
 
 The run has a config and a checkpoint at step 0. The model comes from the directory, with what `--set model.KEY=VALUE` changes;
 all else, such as data and optimiser, comes from `--config`, or is span corruption of 1,024 bytes (for a decoder-only model the
-prediction of each of 256 bytes) of Python's own standard library. A gate that is set on a model without one starts anew, as MrT5
-was trained from ByT5. `experiments.export_hf` is the way back.
+prediction of each of 256 bytes) of Python's own standard library. A gate that is set on a model without one starts anew, as
+MrT5 was trained from ByT5. `experiments.export_hf` is the way back.
 """
 
 from __future__ import annotations

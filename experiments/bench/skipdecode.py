@@ -3,8 +3,8 @@
 
 All rows of a batch skip the same layers, so that a skipped layer costs nothing; one compiled step serves all positions.
 Weights are random, as time does not depend on them. `implied` counts the layers that ran, with the head; reading the prompt is
-not part of it. "skipdecode" is the falling schedule that runs `depth / speedup` layers on average, "evenly_spaced" the same layers at
-all positions.
+not part of it. "skipdecode" is the falling schedule that runs `depth / speedup` layers on average, "evenly_spaced" the same
+layers at all positions.
 """
 
 from __future__ import annotations

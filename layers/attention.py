@@ -57,6 +57,16 @@ class Memory:
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=-2), self, other
         )
 
+    def write_each(self, other: Memory, slots: Int[Array, " b"], rows: Int[Array, " b"] | None = None) -> Memory:
+        """This memory with the single tokens of `other [b, G, 1, d]` in a slot of each row; a slot past the end is none.
+
+        `rows` are those of this memory that the tokens belong to; all, in order, when None.
+        """
+        rows = jnp.arange(self.keys.shape[0]) if rows is None else rows
+        return jax.tree.map(
+            lambda old, new: old.at[rows, :, slots].set(new[:, :, 0].astype(old.dtype), mode="drop"), self, other
+        )
+
 
 class Attention(nn.Module):
     """Self- or cross-attention, `(out [B, Q, D], Signals)`, whole or in two parts: `project` keys and values, then `attend`.

@@ -18,6 +18,7 @@ from layers.decoder_decoding import Decoding, DepthPolicy
 from layers.decoder_layers import Block, FeedForward, Stream
 from layers.embed import TokenEmbed
 from layers.linear import Linear
+from layers.mixture_of_depths import MixtureOfDepths, RoutedBlock
 from layers.norms import RMSNorm
 from layers.parts import Parts, check_unrolled
 from layers.rotary import Llama3Scaling
@@ -36,6 +37,7 @@ class DecoderLM(Decoding):
       rotary_base, rotary_scaling: see `layers.rotary`.
       feed_forward: what stands in place of the gated MLP of every block; see `layers.decoder_layers.FeedForward`.
       parts: what builds projections and feed-forward layers; see `layers.parts`.
+      routing: blocks that run for a share of the tokens, see `layers.mixture_of_depths`; none when None.
       policy: which layers run in decoding (`layers.early_exit`); all when None. The call itself runs all of them.
       exit_classifier: has a linear classifier of features that can stop a token; it sees them without a way back.
       remat: recomputes each block in the backward pass.
@@ -60,6 +62,7 @@ class DecoderLM(Decoding):
     dropout: float = 0.0
     feed_forward: FeedForward | None = None
     parts: Parts = Parts()
+    routing: MixtureOfDepths | None = None
     policy: DepthPolicy | None = None
     exit_classifier: bool = False
     remat: bool = False
@@ -71,9 +74,8 @@ class DecoderLM(Decoding):
         check_unrolled(self.parts, scan_layers=False, remat=self.remat)
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embedding = TokenEmbed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), **common)
-        # The third argument of a remat call, deterministic, is static; `self` is number 0.
-        block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
-        self.block = [self._block(block, layer) for layer in range(self.depth)]
+        self._check()
+        self.block = [self._block(layer) for layer in range(self.depth)]
         self.norm = RMSNorm(self.epsilon, **common)
         if self.exit_classifier:
             self.exit = Linear((1,), ("embed", "exit"), **common)
@@ -104,7 +106,8 @@ class DecoderLM(Decoding):
         Returns:
           aux has "tokens" `[L, B]` real tokens that each layer ran for; "hidden_states", a tuple of L + 1 `[B, N, D]`, or
           None; "feed_forward", what the feed-forward parts hand out, a tuple of one dict a layer; "exit_logits"
-          `[L, B, N]` of the classifier after each layer, or None; "losses", empty.
+          `[L, B, N]` of the classifier after each layer, or None; "losses", named pairs (sum over tokens, tokens), means
+          over the layers that have them: "router" of routed blocks.
 
         Raises:
           ValueError: shapes do not fit, or key heads do not divide the heads.
@@ -121,13 +124,14 @@ class DecoderLM(Decoding):
             x = y if active is None else jnp.where(active[layer][..., None], y, x)
             states.append(x)
             handed.append(found)
-            counts.append(jnp.sum(valid if active is None else valid & active[layer], axis=-1))
+            ran = valid & found.pop("ran", True)
+            counts.append(jnp.sum(ran if active is None else ran & active[layer], axis=-1))
         aux = {
             "tokens": jnp.stack(counts),
             "hidden_states": tuple(states) if output_hidden_states else None,
             "feed_forward": tuple(handed),
             "exit_logits": jnp.stack([self.exit_logits(x) for x in states[1:]]) if self.exit_classifier else None,
-            "losses": {},
+            "losses": _mean_losses([found.pop("losses", {}) for found in handed]),
         }
         return self.logits(x), aux
 
@@ -193,14 +197,22 @@ class DecoderLM(Decoding):
             raise ValueError(f"{self.heads} heads do not divide a width of {self.width}; set head_dim")
         return self.head_dim or self.width // self.heads
 
-    def _block(self, block: Any, layer: int) -> Any:
+    def _check(self) -> None:
         kv_heads = self.kv_heads or self.heads
         if self.heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads; {kv_heads} does not divide {self.heads}")
+        if self.routing is not None and self.policy is not None:
+            raise ValueError("routing and policy both say which layers run for a token; set one of them")
+
+    def _block(self, layer: int) -> Block:
+        routed = self.routing is not None and self.routing.acts(layer)
+        block = RoutedBlock if routed else Block
+        # Of a call's arguments, `self` being number 0, deterministic is static.
+        block = nn.remat(block, static_argnums=(4,)) if self.remat else block
         return block(
             layer,
             self.heads,
-            kv_heads,
+            self.kv_heads or self.heads,
             self._head_dim,
             self.mlp_dim,
             activation=self.activation,
@@ -214,6 +226,7 @@ class DecoderLM(Decoding):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             implementation=self.implementation,
+            **({"routing": self.routing} if routed else {}),
         )
 
     def _active(self, active: Array | None, shape: tuple[int, int]) -> Array | None:
@@ -224,3 +237,13 @@ class DecoderLM(Decoding):
         if not fits:
             raise ValueError(f"active must broadcast to [L, B, N] = {list(whole)}; got {list(active.shape)}")
         return jnp.broadcast_to(active.astype(bool), whole)
+
+
+def _mean_losses(layers: list[dict[str, tuple[Array, Array]]]) -> dict[str, tuple[Array, Array]]:
+    """Pairs of the same name, averaged over the layers that hand them out."""
+    names = sorted({name for losses in layers for name in losses})
+    pairs = {name: [losses[name] for losses in layers if name in losses] for name in names}
+    return {
+        name: (sum(total for total, _ in own) / len(own), sum(count for _, count in own) / len(own))
+        for name, own in pairs.items()
+    }

@@ -3,11 +3,15 @@
 
     python -m experiments.train --config=configs/decoder/text.py --workdir=runs/decoder
     python -m experiments.train --config=configs/decoder/text.py:path=BOOKS --workdir=runs/books
+    python -m experiments.train --config=configs/decoder/text.py:share=0.125 --workdir=runs/mixture_of_depths
+    python -m experiments.train --config=configs/decoder/text.py:exit_losses=rising --workdir=runs/calm
     python -m experiments.train --config=configs/decoder/text.py:runlocal --workdir=runs/try
     python -m experiments.generate --workdir=runs/decoder --text="import "
 
 The text is the running Python's own standard library unless `path` names text files. No paper has this model: it is what
-learns to spell within minutes on two CPU cores.
+learns to spell within minutes on two CPU cores. With `share` every other block is a routed one of Mixture-of-Depths, that runs
+for this share of the tokens; `exit_losses` trains every layer to predict ("rising"), or also a classifier that says where a
+token may stop ("classifier"), as confidence exits need.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +22,7 @@ from experiments.data import resolve
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, path="", runlocal=False)
+    given = parse_arg(arg, share=0.0, exit_losses="", path="", runlocal=False)
     config = base_config()
     config.task = "language_modelling"
     config.model = ConfigDict(
@@ -30,6 +34,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             kv_heads=2,
             mlp_dim=384,
             tie_embeddings=True,
+            exit_losses=given.exit_losses,
+            exit_classifier=given.exit_losses == "classifier",
+            routing=dict(share=given.share, every=2) if given.share else {},
+            losses=dict(router=1.0) if given.share else {},
         )
     )
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")

@@ -253,3 +253,74 @@ class T5DecodingSpec:
             "decoder_mlp": layers * steps * mlp_macs(1, model.width, model.mlp_dim, gated=model.gated),
             "head": batch * steps * linear_macs(1, model.width, model.vocab_size),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes of a decoder language model; see `layers.decoder_lm.DecoderLM` for the names."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    mlp_dim: int
+    inner: int
+    kv_inner: int
+
+    def macs(self, *, batch: int = 1, tokens: int, counts: Sequence[float] | None = None) -> dict[str, float]:
+        """MACs by block for scoring one batch.
+
+        Args:
+          batch: B.
+          tokens: N.
+          counts: tokens that each layer runs for, which attend to each other; all tokens when None.
+
+        Raises:
+          ValueError: one count a layer is needed.
+        """
+        counts = (tokens,) * self.depth if counts is None else tuple(counts)
+        if len(counts) != self.depth:
+            raise ValueError(f"counts needs one entry for each of {self.depth} layers; got {len(counts)}")
+        return {
+            "attention": batch * sum(attention_macs(n, n, self.width, self.inner, self.kv_inner) for n in counts),
+            "mlp": batch * sum(mlp_macs(n, self.width, self.mlp_dim, gated=True) for n in counts),
+            "head": batch * linear_macs(tokens, self.width, self.vocab_size),
+        }
+
+    def decoding(self) -> DecoderDecodingSpec:
+        """The spec of decoding token by token with a cache."""
+        return DecoderDecodingSpec(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderDecodingSpec:
+    """Cached decoding with a decoder language model, one token a step; reading the prompt is not part of it."""
+
+    model: DecoderSpec
+
+    def macs(
+        self, *, batch: int = 1, slots: int, steps: int, layer_steps: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """MACs by block.
+
+        Args:
+          batch: B.
+          slots: of the cache; every step attends to all of them, masked or not.
+          steps: tokens decoded.
+          layer_steps: at how many of them each layer runs; at all when None.
+
+        Raises:
+          ValueError: one number a layer is needed, in 0..`steps`.
+        """
+        model = self.model
+        layer_steps = (steps,) * model.depth if layer_steps is None else tuple(layer_steps)
+        if len(layer_steps) != model.depth or not all(0 <= own <= steps for own in layer_steps):
+            raise ValueError(
+                f"layer_steps needs one number in 0..{steps} for each of {model.depth} layers; got {layer_steps}"
+            )
+        ran = batch * sum(layer_steps)
+        projections = 2 * linear_macs(1, model.width, model.inner) + 2 * linear_macs(1, model.width, model.kv_inner)
+        return {
+            "attention": ran * (projections + 2 * slots * model.inner),
+            "mlp": ran * mlp_macs(1, model.width, model.mlp_dim, gated=True),
+            "head": batch * steps * linear_macs(1, model.width, model.vocab_size),
+        }

@@ -20,6 +20,7 @@ from experiments.data import byte_vocab
 from experiments.tasks.deletion import Deletion
 from experiments.tasks.models import NOT_OF_A_SECTION, reduction_section
 from layers import hf
+from layers.decoder_lm import DecoderLM
 from layers.t5 import T5
 from layers.vit import ViT
 
@@ -67,16 +68,7 @@ class Seq2SeqRecipe:
             raise ValueError(
                 "this checkpoint is an encoder alone; a run needs a decoder. layers.hf.load reads encoders"
             )
-        highest = byte_vocab.FIRST_SENTINEL
-        if module.vocab_size <= highest:
-            raise ValueError(
-                f"vocab_size is {module.vocab_size}; the bytes that runs are trained on have ids up to {highest}"
-            )
-        if module.vocab_size != byte_vocab.TABLE_SIZE:
-            say(
-                f"note: vocab_size is {module.vocab_size}; runs are fed bytes (ids + {byte_vocab.OFFSET}), not this "
-                "model's pieces"
-            )
+        _check_vocabulary(module.vocab_size)
 
     def section(self, module: T5, model: ConfigDict) -> ConfigDict:
         """The model section that `experiments.tasks.models.build_t5` makes the module from."""
@@ -97,6 +89,47 @@ class Seq2SeqRecipe:
             return
         length = tasks.build(config).inputs_length
         model.rungs = tuple(sorted({math.ceil(length * step / _RUNGS) for step in range(1, _RUNGS + 1)}))
+
+
+class LanguageModellingRecipe:
+    """Llama and Qwen2 become runs of the task language_modelling; attributes as in `Seq2SeqRecipe`."""
+
+    task = "language_modelling"
+    kept = ("remat",)
+    subsections = ("losses", "exit_losses", "skip")
+
+    def default(self) -> ConfigDict:
+        """Prediction of each of 256 bytes of Python's standard library."""
+        config = config_lib.base_config()
+        config.task = self.task
+        config.data = data.resolve(dict(source="text", text="stdlib", objective="next_token"))
+        config.optimizer.name = "adamw"
+        config.eval.batches = 20
+        return config
+
+    def attribute(self, key: str, value: Any) -> Any:
+        """A value of a config as an attribute of the module."""
+        del key
+        return value
+
+    def check(self, module: DecoderLM) -> None:
+        """Raises ValueError for a model that cannot be trained on bytes here."""
+        _check_vocabulary(module.vocab_size)
+
+    def section(self, module: DecoderLM, model: ConfigDict) -> ConfigDict:
+        """The model section that `experiments.tasks.models.build_decoder` makes the module from."""
+        section = {name: value for name, value in _fields(module).items() if value is not None}
+        section["rotary_scaling"] = dataclasses.asdict(module.rotary_scaling) if module.rotary_scaling else {}
+        tasks_own = {"losses": {}, "exit_losses": "", "skip": {}}
+        return ConfigDict({**section, **{name: model.get(name, value) for name, value in tasks_own.items()}})
+
+    def fit_data(self, settings: ConfigDict, module: DecoderLM, directory: str | os.PathLike[str]) -> None:
+        """Bytes need no fitting."""
+        del settings, module, directory
+
+    def complete(self, config: ConfigDict) -> None:
+        """Nothing follows from what has been set."""
+        del config
 
 
 class ClassificationRecipe:
@@ -150,10 +183,19 @@ class ClassificationRecipe:
         del config
 
 
+def _check_vocabulary(size: int) -> None:
+    """Raises ValueError for a table that has no row for some byte; says so where the rows are not those of bytes."""
+    highest = byte_vocab.FIRST_SENTINEL
+    if size <= highest:
+        raise ValueError(f"vocab_size is {size}; the bytes that runs are trained on have ids up to {highest}")
+    if size != byte_vocab.TABLE_SIZE:
+        say(f"note: vocab_size is {size}; runs are fed bytes (ids + {byte_vocab.OFFSET}), not this model's pieces")
+
+
 def _fields(module: Any) -> dict[str, Any]:
     """Attributes of a module that a model section may hold."""
     names = {field.name for field in dataclasses.fields(module)} - NOT_OF_A_SECTION
     return {name: getattr(module, name) for name in sorted(names)}
 
 
-RECIPES = {T5: Seq2SeqRecipe(), ViT: ClassificationRecipe()}
+RECIPES = {T5: Seq2SeqRecipe(), DecoderLM: LanguageModellingRecipe(), ViT: ClassificationRecipe()}

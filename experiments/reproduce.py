@@ -11,7 +11,7 @@ accelerator. Starting the same command again continues: runs resume from their c
 
 `--data NAME=FOLDER` gives a study data that are not embedded; without them its tables say "not run".
   text     files LANG_*.txt.gz with text in several languages (mrt5)
-  cifar10  a folder of TensorFlow Datasets that holds cifar10 in array_record form (diffrate)
+  cifar10  a folder of TensorFlow Datasets that holds cifar10 in array_record form (diffrate, acm)
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from layers import chunkers
 from layers.delete_gate import DeleteGate
 from layers.hooks import follow
 from layers.norms import RMSNorm
+from layers.parts import Parts, check_unrolled
 from layers.relative_bias import RelativeBias
 from layers.sharding import along_batch
 from layers.t5_decoding import Decoding, add
@@ -75,6 +76,7 @@ class T5(Decoding):
       rungs: ladder for hard deletion and chunks, rising, the last at least N; capacity: a single static length instead. With
         neither, nothing shrinks.
       hooks: after encoder layers.
+      parts: what builds the projections and feed-forward layers of the encoder; see `layers.parts`.
       hard_probability: of a training batch in which soft deletion removes keys as hard deletion would.
       score_excess: puts the pair "score_excess" into the losses: the mean of `max(S, 5) - 5` over the logits S, before gate
         values, of the encoder's self-attention above the gate and of all cross-attention, whose decoder positions all count;
@@ -108,6 +110,7 @@ class T5(Decoding):
     rungs: tuple[int, ...] | None = None
     capacity: int | None = None
     hooks: tuple[Any, ...] = ()
+    parts: Parts = Parts()
     hard_probability: float = 0.0
     score_excess: bool = False
     dropout: float = 0.0
@@ -162,6 +165,7 @@ class T5(Decoding):
 
     def _check(self) -> None:
         self._check_chunker()
+        check_unrolled(self.parts, scan_layers=self.scan_layers, remat=self.remat)
         if self.gate is not None and not 1 <= self.gate_layer <= self.encoder_layers:
             raise ValueError(f"gate_layer must lie in 1..{self.encoder_layers} (the encoder); got {self.gate_layer}")
         if self.gate is not None and registry.describe(self.gate).kind != "deletion":
@@ -206,6 +210,8 @@ class T5(Decoding):
             dtype=self.dtype,
             score_excess=self.score_excess and name != "lower_stack",
         )
+        if single is EncoderLayer:
+            sizes["parts"] = self.parts
         if not layers:
             return ()
         if not self.scan_layers:

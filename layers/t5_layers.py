@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptive.tokens import Reduction, Signals, TokenSet
 from layers.attention import Attention, Memory
 from layers.linear import Initializer
-from layers.mlp import GatedMlp
 from layers.norms import RMSNorm
+from layers.parts import Parts
 from layers.sharding import along_batch
 
 
@@ -101,7 +101,7 @@ class DecoderCache:
 class EncoderLayer(nn.Module):
     """Pre-norm self-attention and gated MLP; sizes as in `T5`. Returns the features and the signals asked for.
 
-    `score_excess` asks for the signal of that name at every call.
+    `score_excess` asks for the signal of that name at every call; `parts` builds projections and MLP.
     """
 
     heads: int
@@ -112,6 +112,7 @@ class EncoderLayer(nn.Module):
     epsilon: float
     dtype: Any
     score_excess: bool = False
+    parts: Parts = Parts()
 
     @nn.compact
     def __call__(
@@ -130,7 +131,7 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm causal self-attention, cross-attention and gated MLP; sizes as in `T5`.
 
-    Returns the features, and with `score_excess` that signal of cross-attention, else None.
+    Returns the features, and with `score_excess` that signal of cross-attention, else None; `parts` builds projections and MLP.
     """
 
     heads: int
@@ -141,6 +142,7 @@ class DecoderLayer(nn.Module):
     epsilon: float
     dtype: Any
     score_excess: bool = False
+    parts: Parts = Parts()
 
     def setup(self) -> None:
         """Creates all parts, which scoring a whole sequence and decoding a token share."""
@@ -202,12 +204,13 @@ def _attention(layer: EncoderLayer | DecoderLayer, name: str) -> Attention:
         dtype=layer.dtype,
         query_init=_fan_in(layer.head_dim),
         kernel_init=_fan_in(),
+        parts=layer.parts,
         name=name,
     )
 
 
-def _mlp(layer: EncoderLayer | DecoderLayer) -> GatedMlp:
-    return GatedMlp(
+def _mlp(layer: EncoderLayer | DecoderLayer) -> nn.Module:
+    return layer.parts.gated_mlp(
         layer.mlp_dim,
         activation="gelu_tanh",
         dropout=layer.dropout,

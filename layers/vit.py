@@ -20,8 +20,8 @@ from layers.embed import LearnedPositions, PatchEmbed, grid_coords, sincos_2d
 from layers.hooks import PLACES, Hook, LearnedHook, Reduce, follow
 from layers.learned_rates import LearnedRates
 from layers.linear import Linear
-from layers.mlp import Mlp
 from layers.norms import LayerNorm
+from layers.parts import Parts, check_unrolled
 from layers.sharding import along_batch
 
 # Width, depth, heads, MLP width. Source: Dosovitskiy et al. 2021, table 1; Touvron et al. 2021 (DeiT), table 1, for Ti and S.
@@ -47,6 +47,7 @@ class Block(nn.Module):
       proportional: log mass as the key bias; else mass only tells padding from tokens.
       hooks: see `layers.hooks`.
       grid: `(t, h, w)` of the patches, for the hooks; class_token: slot 0 is a class token.
+      parts: builds projections and feed-forward layers.
     """
 
     heads: int
@@ -57,6 +58,7 @@ class Block(nn.Module):
     hooks: tuple[Hook, ...] = ()
     grid: tuple[int, int, int] | None = None
     class_token: bool = False
+    parts: Parts = Parts()
     activation: str = "gelu"
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
@@ -72,7 +74,9 @@ class Block(nn.Module):
         acting = any(hook.acts(self.layer, tokens.features.shape[1]) for hook in self.hooks)
         wanted = {name for hook in self.hooks for name in hook.signals if acting}
         y = LayerNorm(self.norm_epsilon, name="attention_norm", **common)(tokens.features)
-        y, signals = Attention(self.heads, implementation=self.implementation, name="attention", **common)(
+        y, signals = Attention(
+            self.heads, parts=self.parts, implementation=self.implementation, name="attention", **common
+        )(
             y,
             key_bias=self._key_bias(tokens),
             key_mask=tokens.keep,
@@ -82,9 +86,8 @@ class Block(nn.Module):
         tokens = tokens.replace(features=tokens.features + self._drop(y))
         tokens, signals, steps, losses = self._reduce("between", tokens, signals, labels)
         y = LayerNorm(self.norm_epsilon, name="mlp_norm", **common)(tokens.features)
-        y = Mlp(self.mlp_dim, self.activation, dropout=self.dropout, name="mlp", **common)(
-            y, deterministic=self.deterministic
-        )
+        mlp = self.parts.mlp(self.mlp_dim, activation=self.activation, dropout=self.dropout, name="mlp", **common)
+        y = mlp(y, deterministic=self.deterministic)
         tokens = tokens.replace(features=tokens.features + self._drop(y))
         tokens, _, after, more = self._reduce("after", tokens, signals, labels)
         return tokens, steps + after, losses | more
@@ -128,6 +131,7 @@ class ViT(nn.Module):
         inference). Reductions protect slot 0 alone, so that such a model takes none.
       representation: width of a tanh layer before the head; None for none.
       hooks: what reduces the tokens; see `layers.hooks`.
+      parts: what builds the projections and feed-forward layers of the blocks; see `layers.parts`.
       proportional_attention: log mass in the attention logits once tokens have merged (ToMe eq. 1).
       last_layer_fusion: before the last block every token is back: those that were dropped as they were then, merged ones
         with the features of their slot (Cropr's fusion); hooks do not act there.
@@ -151,6 +155,7 @@ class ViT(nn.Module):
     distillation_token: bool = False
     representation: int | None = None
     hooks: tuple[Hook, ...] = ()
+    parts: Parts = Parts()
     proportional_attention: bool = True
     last_layer_fusion: bool = False
     remat: bool = False
@@ -236,13 +241,13 @@ class ViT(nn.Module):
         self._check(pixel_values)
         tokens = self._embed(pixel_values, token_mask, deterministic)
         if self.scan_layers:
-            tokens, reduction, losses = self._scan(tokens, token_mask is not None, deterministic), None, {}
+            tokens, reduction, handed = self._scan(tokens, token_mask is not None, deterministic), None, {}
             counts = jnp.broadcast_to(tokens.count, (self.depth, tokens.count.shape[0]))
         else:
-            tokens, reduction, counts, losses = self._unroll(tokens, token_mask is not None, labels, deterministic)
+            tokens, reduction, counts, handed = self._unroll(tokens, token_mask is not None, labels, deterministic)
         features = LayerNorm(self.norm_epsilon, self.dtype, self.param_dtype, name="final_norm")(tokens.features)
         tokens = tokens.replace(features=features)
-        aux = {"tokens": counts, "reduction": reduction, "token_set": tokens, "losses": losses}
+        aux = {"tokens": counts, "reduction": reduction, "token_set": tokens, "losses": {}} | handed
         logits = self._head(self._pool(tokens), "head")
         if self.distillation_token and self.num_classes:
             logits = 0.5 * (logits + self._head(tokens.features[:, 1], "distillation_head"))
@@ -270,6 +275,7 @@ class ViT(nn.Module):
                 "adaptive shapes need unrolled layers: set scan_layers=False for a model with hooks; use "
                 "layers.stacking.unstack on the parameters of a scanned one"
             )
+        check_unrolled(self.parts, scan_layers=self.scan_layers, remat=self.remat)
         for hook in self.hooks:
             if isinstance(hook, LearnedRates):
                 self._check_rates(hook)
@@ -325,6 +331,7 @@ class ViT(nn.Module):
             proportional=self.proportional_attention,
             grid=self.grid,
             class_token=self.has_class_token,
+            parts=self.parts,
             activation=self.activation,
             norm_epsilon=self.norm_epsilon,
             dropout=self.dropout,
@@ -336,8 +343,8 @@ class ViT(nn.Module):
 
     def _unroll(
         self, tokens: TokenSet, weighted: bool, labels: Array | None, deterministic: bool
-    ) -> tuple[TokenSet, Reduction | DenseReduction | None, Array, Losses]:
-        """All blocks; the composed reduction; the counts `[L, B]`; the losses of hooks."""
+    ) -> tuple[TokenSet, Reduction | DenseReduction | None, Array, dict[str, Any]]:
+        """All blocks; the composed reduction; the counts `[L, B]`; what hooks or a kind of ViT add to aux."""
         padded, steps, counts, losses = weighted, (), [], {}
         for layer in range(self.depth):
             hooks = self.hooks
@@ -353,7 +360,7 @@ class ViT(nn.Module):
         total = None
         for reduction, _ in steps:
             total = reduction if total is None else total.then(reduction)
-        return tokens, total, jnp.stack(counts), losses
+        return tokens, total, jnp.stack(counts), {"losses": losses}
 
     def _scan(self, tokens: TokenSet, weighted: bool, deterministic: bool) -> TokenSet:
         def body(block: Block, tokens: TokenSet, _: None) -> tuple[TokenSet, None]:

@@ -8,14 +8,18 @@ FLOPs imply), `realised` (measured speedup) and `overhead` (the method's own tim
 from __future__ import annotations
 
 from experiments.bench import (
+    acm,
     bipartite_match,
     block_sparse_attention,
+    calm,
     compact,
     diffrate,
     generate,
     merge,
+    mod,
     mrt5,
     ragged_prefix_mlp,
+    skipdecode,
     sparse_decode_attention,
     tome,
 )
@@ -24,7 +28,11 @@ BENCHES = {
     "tome": tome,
     "diffrate": diffrate,
     "mrt5": mrt5,
+    "acm": acm,
     "generate": generate,
+    "skipdecode": skipdecode,
+    "mod": mod,
+    "calm": calm,
     "block_sparse_attention": block_sparse_attention,
     "compact": compact,
     "bipartite_match": bipartite_match,

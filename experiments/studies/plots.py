@@ -88,8 +88,8 @@ def curves(
     return figure
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], y_label: str) -> Figure:
-    """One group of bars for each name in `groups`, one bar in it for each method."""
+def bars(groups: Mapping[str, Mapping[str, float]], y_label: str, *, slanted: bool = False) -> Figure:
+    """One group of bars for each name in `groups`, one bar in it for each method; long names stand `slanted`."""
     methods = list(next(iter(groups.values())))
     width = 0.8 / len(methods)
     figure = Figure(figsize=(max(4.6, 0.6 * len(groups)), 3.6), layout="constrained")
@@ -97,7 +97,8 @@ def bars(groups: Mapping[str, Mapping[str, float]], y_label: str) -> Figure:
     for index, method in enumerate(methods):
         places = np.arange(len(groups)) + (index - (len(methods) - 1) / 2) * width
         axis.bar(places, [group[method] for group in groups.values()], width, label=method)
-    axis.set_xticks(np.arange(len(groups)), list(groups))
+    slant = {"rotation": 60, "ha": "right", "fontsize": 7} if slanted else {}
+    axis.set_xticks(np.arange(len(groups)), list(groups), **slant)
     axis.set_ylabel(y_label)
     axis.grid(alpha=0.3, axis="y")
     axis.legend(fontsize=8)
@@ -130,6 +131,42 @@ def merged_patches(
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
         axis.set_axis_off()
+    return figure
+
+
+def maps_over_images(images: np.ndarray, maps: np.ndarray) -> Figure:
+    """Images `[B, H, W, C]` above maps `[B, h, w]` of values in 0..1, dark for low."""
+    figure = Figure(figsize=(1.5 * len(images), 3.2), layout="constrained")
+    axes = figure.subplots(2, len(images), squeeze=False)
+    for column, (image, values) in enumerate(zip(_as_rgb(images), maps, strict=True)):
+        axes[0][column].imshow(image, interpolation="nearest")
+        shown = axes[1][column].imshow(values, vmin=maps.min(), vmax=maps.max(), cmap="viridis")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.colorbar(shown, ax=list(axes[1]), shrink=0.8)
+    return figure
+
+
+def shaded_bytes(lines: Sequence[tuple[str, bytes, np.ndarray]], *, width: int = 64) -> Figure:
+    """Text on a ground that is the darker the higher each byte's value, one block for each `(title, bytes, values)`."""
+    blocks = [
+        (title, text[i : i + width], values[i : i + width])
+        for title, text, values in lines
+        for i in range(0, len(text), width)
+    ]
+    low = min(float(values.min()) for _, _, values in lines)
+    high = max(float(values.max()) for _, _, values in lines)
+    figure = Figure(figsize=(0.12 * width, 0.3 * len(blocks) + 0.3))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    grid = np.full((len(blocks), width), low)
+    for row, (_, _, values) in enumerate(blocks):
+        grid[row, : len(values)] = values
+    axis.imshow(grid, cmap="Oranges", vmin=low, vmax=max(high, low + 1e-6), aspect="auto")
+    for row, (_, text, _) in enumerate(blocks):
+        for x, byte in enumerate(text):
+            shown = chr(byte) if 32 <= byte < 127 else ("\u00b6" if byte == 10 else "\u00b7")
+            axis.text(x, row, shown, fontsize=7.5, family="monospace", ha="center", va="center")
     return figure
 
 

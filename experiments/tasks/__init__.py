@@ -19,11 +19,24 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.tasks.acm import Acm
 from experiments.tasks.classification import Classification
+from experiments.tasks.depth import EarlyExit, Halting
+from experiments.tasks.language_modelling import LanguageModelling
 from experiments.tasks.rates import LearnRates
 from experiments.tasks.seq2seq import Seq2Seq
+from experiments.tasks.token_exits import TokenExit
 
-TASKS = {"classification": Classification, "rates": LearnRates, "seq2seq": Seq2Seq}
+TASKS = {
+    "acm": Acm,
+    "classification": Classification,
+    "early_exit": EarlyExit,
+    "halting": Halting,
+    "language_modelling": LanguageModelling,
+    "rates": LearnRates,
+    "seq2seq": Seq2Seq,
+    "token_exit": TokenExit,
+}
 
 
 def build(config: ConfigDict) -> Any:
@@ -39,4 +52,15 @@ def build(config: ConfigDict) -> Any:
     return TASKS[config.task].from_config(config)
 
 
-__all__ = ["TASKS", "Classification", "LearnRates", "Seq2Seq", "build"]
+__all__ = [
+    "TASKS",
+    "Acm",
+    "Classification",
+    "EarlyExit",
+    "Halting",
+    "LanguageModelling",
+    "LearnRates",
+    "Seq2Seq",
+    "TokenExit",
+    "build",
+]

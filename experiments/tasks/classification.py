@@ -79,7 +79,7 @@ class Classification:
         logits, aux = self.model.apply(
             {"params": params}, batch["image"], labels=labels, deterministic=not train, rngs=rngs
         )
-        losses = _cross_entropy(logits, batch["label"])
+        losses = cross_entropy(logits, batch["label"])
         own = sum(total for total, _ in aux["losses"].values())
         loss = (jnp.sum(losses) + own) / normalizers["examples"]
         return loss, self._metrics(logits, batch, jnp.ones_like(losses)) | aux["losses"]
@@ -104,10 +104,11 @@ class Classification:
         right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         return {
             "accuracy": (jnp.sum(right * weight), total),
-            "cross_entropy": (jnp.sum(_cross_entropy(logits, batch["label"]) * weight), total),
+            "cross_entropy": (jnp.sum(cross_entropy(logits, batch["label"]) * weight), total),
         }
 
 
-def _cross_entropy(logits: Any, labels: Any) -> Any:
-    """Cross-entropy `[B]` in nats."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    """Cross-entropy in nats of logits `[..., C]` and labels `[...]`, which broadcast."""
+    labels = jnp.broadcast_to(labels, logits.shape[:-1])
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]

@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from adaptive import budgets, registry
 from adaptive.rates.schedules import Schedule
 from layers.cropr import Cropr
+from layers.decoder_lm import DecoderLM
+from layers.early_exit import SkipSchedule
 from layers.hooks import Hook, Reduce
 from layers.learned_rates import LearnedRates
+from layers.mixture_of_depths import MixtureOfDepths
+from layers.rotary import Llama3Scaling
 from layers.t5 import T5
 from layers.vit import ViT
 
@@ -40,7 +44,10 @@ LEARNED = {"cropr": Cropr}
 RATES = {"target": 0.6, "weight": 100.0, "granularity": 1, "first": 1, "last": 0}
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
-NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
+NOT_OF_A_SECTION = {
+    "parent", "name", "hooks", "parts", "dtype", "param_dtype", "hard_probability", "score_excess", "feed_forward",
+    "policy",
+}  # fmt: skip
 
 
 def reduction_section(**values: Any) -> dict[str, Any]:
@@ -123,16 +130,18 @@ def _schedule(settings: Mapping[str, Any]) -> Any:
     return (settings["r"], float(settings["inflection"])) if settings["inflection"] else settings["r"]
 
 
-def build_vit(section: Mapping[str, Any], *, image_size: int, channels: int, dtype: str) -> ViT:
-    """The ViT of a model section; `variant="B/16"` stands for a published shape.
+def build_vit(
+    section: Mapping[str, Any], *, image_size: int, channels: int, dtype: str, module: type[ViT] = ViT
+) -> ViT:
+    """The ViT of a model section, of the class `module`; `variant="B/16"` stands for a published shape.
 
     Raises:
       ValueError: unknown keys, or a reduction that does not fit.
     """
-    attributes = _attributes(ViT, section, ("variant", "reduction", "rates", "image_size", "channels"))
+    attributes = _attributes(module, section, ("variant", "reduction", "rates", "image_size", "channels"))
     attributes |= dict(image_size=(image_size, image_size), channels=channels, dtype=jnp.dtype(dtype))
     variant = section.get("variant", "")
-    model = ViT.named(variant, **attributes) if variant else ViT(**attributes)
+    model = module.named(variant, **attributes) if variant else module(**attributes)
     if "rates" in section:
         return model.clone(hooks=(_learned_rates(model, section),))
     return model.clone(hooks=with_reduction(model, section.get("reduction", {})).hooks)
@@ -169,3 +178,25 @@ def build_t5(section: Mapping[str, Any], *, dtype: str) -> T5:
     for name in ("gate_hyper", "chunk_hyper"):
         attributes[name] = tuple(sorted(dict(section.get(name, {})).items()))
     return T5(**attributes, dtype=jnp.dtype(dtype))
+
+
+def build_decoder(section: Mapping[str, Any], *, dtype: str) -> DecoderLM:
+    """The decoder of a model section; empty sections `rotary_scaling`, `routing` and `skip` are none.
+
+    `routing` holds the attributes of `layers.mixture_of_depths.MixtureOfDepths`, `skip` those of
+    `layers.early_exit.SkipSchedule`.
+
+    Raises:
+      ValueError: unknown keys, and what those refuse.
+    """
+    parts = {"rotary_scaling": Llama3Scaling, "routing": MixtureOfDepths, "skip": SkipSchedule}
+    attributes = _attributes(DecoderLM, section, ("losses", "exit_losses", *parts))
+    built = {name: _part(name, kind, dict(section.get(name, {}))) for name, kind in parts.items()}
+    attributes |= dict(rotary_scaling=built["rotary_scaling"], routing=built["routing"], policy=built["skip"])
+    return DecoderLM(**attributes, dtype=jnp.dtype(dtype))
+
+
+def _part(name: str, kind: type, section: Mapping[str, Any]) -> Any:
+    """`kind` with the values of a section, or None for an empty one."""
+    check_keys(f"model.{name}", section, (field.name for field in dataclasses.fields(kind)))
+    return kind(**{key: _plain(value) for key, value in section.items()}) if section else None

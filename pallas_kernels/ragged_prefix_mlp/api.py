@@ -46,7 +46,7 @@ def ragged_prefix_mlp(
       rows: `[R, D]`, those that need most units first; rows past `counts[0]` are not looked at.
       counts: `[K]` rows that each unit runs on, never rising, in 0..R (traced values cannot be checked).
       up, bias, down: weights of all units side by side; unit k is columns `k U / K` to `(k + 1) U / K`.
-      activation: "gelu_tanh", "relu" or "silu".
+      activation: "gelu_tanh", "relu", "silu", or "identity" for a map of low rank.
       implementation: "tpu", "xla", "interpret", or None for the best available. Under several devices call it inside a
         `shard_map`: rows are sorted among those of one device.
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 _EXACT = jax.lax.Precision.HIGHEST
 
 ACTIVATIONS = {
+    "identity": lambda x: x,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": lambda x: jnp.maximum(x, 0),
     "silu": lambda x: x * jax.lax.logistic(x),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The staircase in plain JAX: for each unit a loop over tiles of rows with a trip count known only on the device.
+"""The staircase in plain JAX: loops over tiles of rows with trip counts known only on the device.
 
 Shapes: R rows, T rows of a tile, D features, K units, U hidden numbers of all units, E outputs.
 """
@@ -30,16 +30,93 @@ def ragged_prefix_mlp(
     *,
     activation: str,
 ) -> Float[Array, "R E"]:
-    """One prefix loop for each unit, their results added up in float32."""
+    """Tiles of rows, each with as many units as its first row needs; units that later rows do not need are set to 0."""
+    if not rows.shape[0]:
+        return jnp.zeros((0, down.shape[1]), rows.dtype)
+    return _staircase(activation, rows, counts, up, bias, down)
+
+
+def _levels(counts: Array, tiles: Callable[[Array], Array]) -> list[tuple[int, Array, Array]]:
+    """`(units, first tile, tile behind the last)` for each number of units that a tile can need, the largest first.
+
+    `tiles` gives the number of tiles whose first row lies below a count.
+    """
     units = counts.shape[0]
-    up = jnp.moveaxis(up.reshape(up.shape[0], units, -1), 1, 0)
+    ends = [tiles(counts[unit]) for unit in reversed(range(units))]
+    return list(zip(range(units, 0, -1), [jnp.zeros_like(ends[0]), *ends[:-1]], ends, strict=True))
 
-    def unit(params: tuple, tile: Array) -> Array:
-        up, bias, down = params
+
+def _split(units: int, up: Array, bias: Array, down: Array) -> list[tuple[Array, Array, Array]]:
+    """The weights of each unit by itself; cut once, since a cut in a loop or for each level would copy them every time."""
+    cuts = jnp.split(up, units, axis=1), jnp.split(bias, units), jnp.split(down, units)
+    return list(zip(*cuts, strict=True))
+
+
+def _tile_of(activation: str, counts: Array, weights: list, start: Array, tile: Array) -> Array:
+    """The output of rows from `start` on, in float32, with the units of `weights` that each of them needs."""
+    total = 0.0
+    for (up, bias, down), count in zip(weights, counts, strict=False):
         hidden = ACTIVATIONS[activation](_dot(tile, up) + bias.astype(jnp.float32))
-        return _dot(hidden.astype(tile.dtype), down)
+        hidden = jnp.where(_live(count, start, tile.shape[0]), hidden, 0)
+        total += _dot(hidden.astype(tile.dtype), down)
+    return total
 
-    return _sum_of_units(unit, (up, bias.reshape(units, -1), _by_unit(down, units)), _needed(rows, counts), counts)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _staircase(activation, rows, counts, up, bias, down):
+    length = rows.shape[0]
+    tile = min(_TILE, length)
+    # The last tile is moved up to end with the rows: it does some of them twice, and spares a padded copy of all.
+    behind = length - tile
+    levels = _levels(counts, lambda count: jnp.where(count > behind, -(-length // tile), _tiles(count, tile)))
+    weights = _split(counts.shape[0], up, bias, down)
+    out = jnp.zeros((length, down.shape[1]), rows.dtype)
+    for units, first, end in levels:
+
+        def step(index, out, own=weights[:units]):
+            start = jnp.minimum(index * tile, behind)
+            value = _tile_of(activation, counts, own, start, jax.lax.dynamic_slice_in_dim(rows, start, tile))
+            return jax.lax.dynamic_update_slice_in_dim(out, value.astype(out.dtype), start, 0)
+
+        out = jax.lax.fori_loop(first, end, step, out)
+    return out
+
+
+def _staircase_forward(activation, rows, counts, up, bias, down):
+    return _staircase(activation, rows, counts, up, bias, down), (rows, counts, up, bias, down)
+
+
+def _staircase_backward(activation, saved, moved):
+    """The same loops over padded rows, computing each tile again."""
+    rows, counts, up, bias, down = saved
+    length = rows.shape[0]
+    tile = min(_TILE, length)
+    padding = ((0, -length % tile), (0, 0))
+    padded, moved = jnp.pad(_needed(rows, counts), padding), jnp.pad(moved, padding)
+    weights = _split(counts.shape[0], up, bias, down)
+    # Sums over tiles stay in float32, whatever the weights' dtype.
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), weights)
+    row_grads = jnp.zeros_like(padded)
+    for units, first, end in _levels(counts, lambda count: _tiles(count, tile)):
+
+        def step(index, carry, own=weights[:units]):
+            sums, row_grads = carry
+            start = index * tile
+            part, part_moved = (jax.lax.dynamic_slice_in_dim(leaf, start, tile) for leaf in (padded, moved))
+            value, pull = jax.vjp(lambda w, t: _tile_of(activation, counts, w, start, t), own, part)
+            grads, row_grad = pull(part_moved.astype(value.dtype))
+            sums = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
+            return sums, jax.lax.dynamic_update_slice_in_dim(row_grads, row_grad, start, 0)
+
+        used, row_grads = jax.lax.fori_loop(first, end, step, (sums[:units], row_grads))
+        sums = used + sums[units:]
+    ups, biases, downs = zip(*sums, strict=True)
+    grads = jnp.concatenate(ups, axis=1), jnp.concatenate(biases), jnp.concatenate(downs)
+    grads = (grad.astype(leaf.dtype) for grad, leaf in zip(grads, (up, bias, down), strict=True))
+    return row_grads[:length], np.zeros(counts.shape, jax.dtypes.float0), *grads
+
+
+_staircase.defvjp(_staircase_forward, _staircase_backward)
 
 
 def ragged_prefix_projection(
@@ -61,16 +138,6 @@ def _needed(rows: Array, counts: Array) -> Array:
 
 def _by_unit(down: Array, units: int) -> Array:
     return down.reshape(units, -1, down.shape[1])
-
-
-def _sum_of_units(unit: Callable, params: Any, rows: Array, counts: Array) -> Array:
-    def add(total: Array, own: Any) -> tuple[Array, None]:
-        own_params, count = own
-        return total + prefix_loop(unit, own_params, rows, count, tile=_TILE), None
-
-    outputs = jax.eval_shape(unit, jax.tree.map(lambda p: p[0], params), rows[:1]).shape[1]
-    total, _ = jax.lax.scan(add, jnp.zeros((rows.shape[0], outputs), jnp.float32), (params, counts))
-    return total.astype(rows.dtype)
 
 
 def _dot(left: Array, right: Array) -> Array:

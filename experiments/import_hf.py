@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a Hugging Face safetensors directory (ByT5, T5 1.1, mT5, MrT5, Llama, Qwen2, ViT, DeiT, ViT-MAE) into a run to start from.
+"""Turns a Hugging Face safetensors directory into a run to start from.
+
+Known are ByT5, T5 1.1, mT5 and MrT5 (task seq2seq), Llama and Qwen2 (language_modelling), ViT, DeiT and ViT-MAE (classification).
 
     python -m experiments.import_hf --model=byt5-small --workdir=runs/byt5
     python -m experiments.train --workdir=runs/byt5
@@ -13,9 +15,9 @@
 
 The run has a config and a checkpoint at step 0. The model comes from the directory, with what `--set model.KEY=VALUE` changes;
 all else, such as data and optimiser, comes from `--config`, or is a default that needs no data: span corruption of 1,024 bytes
-of Python's own standard library (for a decoder alone the prediction of each of 256), or handwritten digits. What a directory has no parameters for, such as a gate, a reduction
-that is learned or a classifier of other classes, starts anew. Images are normalised as preprocessor_config.json says.
-`experiments.export_hf` is the way back.
+of Python's own standard library (for a decoder alone the prediction of each of 256), or handwritten digits. What a directory
+has no parameters for, such as a gate, a reduction that is learned or a classifier of other classes, starts anew. Images are
+normalised as preprocessor_config.json says. `experiments.export_hf` is the way back.
 """
 
 from __future__ import annotations

@@ -135,15 +135,6 @@ def save(
     return described
 
 
-def module_class(directory: str | os.PathLike[str]) -> type[nn.Module]:
-    """The Linen class that `load` makes of a checkpoint, from config.json alone.
-
-    Raises:
-      ValueError: no checkpoint there, or an unknown kind of model.
-    """
-    return _family(_read_config(pathlib.Path(directory))).MODULE
-
-
 def preprocessing(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """What preprocessor_config.json says of pixels: "mean" and "std", one number a channel, of pixels in 0..1.
 

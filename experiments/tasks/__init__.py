@@ -20,9 +20,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.tasks.classification import Classification
+from experiments.tasks.duo import Duo
 from experiments.tasks.seq2seq import Seq2Seq
 
-TASKS = {"classification": Classification, "seq2seq": Seq2Seq}
+TASKS = {"classification": Classification, "seq2seq": Seq2Seq, "duo": Duo}
 
 
 def build(config: ConfigDict) -> Any:
@@ -38,4 +39,4 @@ def build(config: ConfigDict) -> Any:
     return TASKS[config.task].from_config(config)
 
 
-__all__ = ["TASKS", "Classification", "Seq2Seq", "build"]
+__all__ = ["TASKS", "Classification", "Duo", "Seq2Seq", "build"]

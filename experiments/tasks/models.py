@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from adaptive import budgets, registry
+from layers.duo_lm import DuoLM
 from layers.hooks import Reduce
 from layers.t5 import T5
 from layers.vit import ViT
@@ -121,3 +122,12 @@ def build_t5(section: Mapping[str, Any], *, dtype: str) -> T5:
     for name in ("gate_hyper", "chunk_hyper"):
         attributes[name] = tuple(sorted(dict(section.get(name, {})).items()))
     return T5(**attributes, dtype=jnp.dtype(dtype))
+
+
+def build_duo_lm(section: Mapping[str, Any], *, dtype: str) -> DuoLM:
+    """The `DuoLM` of a model section; its entry `duo` is the task's.
+
+    Raises:
+      ValueError: unknown keys.
+    """
+    return DuoLM(**_attributes(DuoLM, section, ("duo",)), dtype=jnp.dtype(dtype))

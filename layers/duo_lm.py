@@ -6,15 +6,17 @@ Shapes: B batch, N tokens, D features, L layers, V vocabulary, K = 3 choices (sk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adaptive import flops
 from adaptive.width import duo
-from layers.attention import Attention
+from layers.attention import Attention, Memory
 from layers.linear import Linear
 from layers.mlp import GatedMlp
 from layers.norms import RMSNorm
@@ -57,6 +59,20 @@ class DuoBlock(nn.Module):
     def attend(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """The shared part."""
         return x + self.attention(self.attention_norm(x), causal=True)[0]
+
+    def remember(self, x: Float[Array, "B N D"]) -> Memory:
+        """Keys and values of the tokens of a run, for others to attend to."""
+        return self.attention.project(self.attention_norm(x))
+
+    def attend_in(self, x: Float[Array, "B N D"], context: Memory) -> Float[Array, "B N D"]:
+        """As `attend`, but each token meets the earlier ones as they are in `context`, and itself as it is in `x`."""
+        normed, length = self.attention_norm(x), x.shape[1]
+        own = self.attention.project(normed)
+        memory = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), context, own)
+        place = jnp.arange(length)
+        seen = jnp.concatenate([place[:, None] > place, place[:, None] == place], axis=1)
+        bias = jnp.where(seen, 0.0, -jnp.inf)[None, None]
+        return x + self.attention.attend(normed, memory, bias=bias)
 
     def feed(self, x: Float[Array, "B N D"], choice: int) -> Float[Array, "B N D"]:
         """One module for all tokens; `choice` is static."""
@@ -121,11 +137,19 @@ class DuoLM(nn.Module):
         self.norm = RMSNorm(**common)
         self.head = Linear((self.vocab_size,), ("embed", "vocab"), use_bias=False, **common)
 
-    def __call__(self, ids: Int[Array, "B N"], paths: Int[Array, "... L"], *, compact: bool = False) -> Array:
+    def __call__(
+        self,
+        ids: Int[Array, "B N"],
+        paths: Int[Array, "... L"],
+        *,
+        compact: bool = False,
+        context: Sequence[Memory] | None = None,
+    ) -> Float[Array, "B N V"]:
         """Logits `[B, N, V]` when tokens take `paths [B, N, L]`, or what broadcasts to it, such as one pattern `[L]`.
 
         Args:
           compact: each module runs on its own rows only; else both run for all rows, for training.
+          context: of `memories`: each token meets the earlier ones as they were in that run, whatever paths they take here.
 
         Raises:
           ValueError: the paths do not have one choice for each layer, or do not fit the ids.
@@ -133,7 +157,8 @@ class DuoLM(nn.Module):
         paths = self._check(ids, paths)
         x = self.embed(ids)
         for layer, block in enumerate(self.block):
-            x = block.feed_each(block.attend(x), paths[..., layer], compact=compact)
+            x = self.attend(x, layer, None if context is None else context[layer])
+            x = block.feed_each(x, paths[..., layer], compact=compact)
         return self.readout(x)
 
     def soft(
@@ -169,9 +194,23 @@ class DuoLM(nn.Module):
         """The residual stream before the first layer."""
         return along_batch(self.embedding(ids))
 
-    def attend(self, x: Float[Array, "B N D"], layer: int) -> Float[Array, "B N D"]:
-        """The shared part of a layer."""
-        return self.block[layer].attend(x)
+    def attend(self, x: Float[Array, "B N D"], layer: int, context: Memory | None = None) -> Float[Array, "B N D"]:
+        """The shared part of a layer, among the tokens of `x`, or each by itself in the context of another run."""
+        block = self.block[layer]
+        return block.attend(x) if context is None else block.attend_in(x, context)
+
+    def memories(self, ids: Int[Array, "B N"], paths: Int[Array, "... L"]) -> tuple[Memory, ...]:
+        """Keys and values of each layer when tokens take `paths`: a context for others.
+
+        Raises:
+          ValueError: as the call.
+        """
+        paths = self._check(ids, paths)
+        x, found = self.embed(ids), []
+        for layer, block in enumerate(self.block):
+            found.append(block.remember(x))
+            x = block.feed_each(block.attend(x), paths[..., layer], compact=False)
+        return tuple(found)
 
     def feed(self, x: Float[Array, "B N D"], layer: int, choice: int) -> Float[Array, "B N D"]:
         """One module of a layer for all tokens."""

@@ -6,8 +6,8 @@ A study is a module with a docstring, `SUITES` (settings by suite name) and `run
 
 from __future__ import annotations
 
-from experiments.studies import mrt5, tome
+from experiments.studies import duo, mrt5, tome
 
-STUDIES = {"tome": tome, "mrt5": mrt5}
+STUDIES = {"tome": tome, "mrt5": mrt5, "duo": duo}
 
 __all__ = ["STUDIES"]

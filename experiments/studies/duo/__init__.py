@@ -14,7 +14,7 @@ from experiments.studies.duo import budgets, choices
 from experiments.studies.duo.measured import Measured
 from experiments.studies.study import Context
 
-_ROUTER = {"optimizer.peak": 0.01, "optimizer.warmup": 10, "eval.every": 0}
+_ROUTER = {"optimizer.peak": 0.03, "optimizer.warmup": 10, "eval.every": 0}
 # The paper has 12 layers, 16 times the width between modules; 8 layers keep the losses of all paths within memory.
 _FULL = {
     "model.width": 512,
@@ -47,7 +47,7 @@ SUITES: dict[str, dict[str, Any]] = {
     "full": dict(
         seeds=(0, 1, 2),
         overrides={"steps": 30_000, **_FULL},
-        router={"steps": 2_000, **_ROUTER, "optimizer.peak": 3e-3},
+        router={"steps": 2_000, **_ROUTER, "optimizer.peak": 1e-2},
         sequences=16,
         shown=4,
     ),

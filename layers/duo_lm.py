@@ -71,7 +71,7 @@ class DuoBlock(nn.Module):
         memory = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), context, own)
         place = jnp.arange(length)
         seen = jnp.concatenate([place[:, None] > place, place[:, None] == place], axis=1)
-        bias = jnp.where(seen, 0.0, -jnp.inf)[None, None]
+        bias = jnp.broadcast_to(jnp.where(seen, 0.0, -jnp.inf), (1, self.heads, *seen.shape))
         return x + self.attention.attend(normed, memory, bias=bias)
 
     def feed(self, x: Float[Array, "B N D"], choice: int) -> Float[Array, "B N D"]:

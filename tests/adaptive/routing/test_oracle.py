@@ -42,7 +42,7 @@ def test_within_a_budget_is_the_running_minimum_and_ties_go_to_the_cheaper_patte
     losses = jnp.asarray(np.random.default_rng(0).normal(size=(27, 4)).round(0))
     costs = (every == 2).sum(axis=1)
     exact = oracle.best_by_cost(losses, costs)
-    within = exact.within()
+    within = jax.jit(oracle.Best.within)(exact)
     for budget in range(4):
         members = np.flatnonzero(costs <= budget)
         members = members[np.argsort(costs[members], kind="stable")]
@@ -62,10 +62,11 @@ def test_streaming_equals_keeping_all_losses(brute):
 
 def test_a_cost_that_no_pattern_has_is_infinite():
     model = toy_layers.layered(2, costs=(0, 2))
-    found = jax.jit(lambda x: oracle.exhaustive(model, x, capacity=4))(toy_layers.start())["sequence"]
+    run = jax.jit(lambda x: oracle.exhaustive(model, x, capacity=4)["sequence"])
+    found = run(toy_layers.start())
     assert np.isinf(found.loss[1]).all() and (found.index[1] == -1).all()
     assert np.isfinite(found.loss[np.array([0, 2, 4])]).all()
-    assert np.isfinite(found.within().loss).all()
+    assert np.isfinite(jax.jit(oracle.Best.within)(found).loss).all()
 
 
 def test_each_block_is_bounded_and_shared_parts_run_once_a_prefix():

@@ -249,3 +249,35 @@ class T5DecodingSpec:
             "decoder_mlp": layers * steps * mlp_macs(1, model.width, model.mlp_dim, gated=model.gated),
             "head": batch * steps * linear_macs(1, model.width, model.vocab_size),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes of a decoder language model; see `layers.decoder_lm.DecoderLM` for the names."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    mlp_dim: int
+    inner: int
+    kv_inner: int
+
+    def macs(self, *, batch: int = 1, tokens: int, counts: Sequence[float] | None = None) -> dict[str, float]:
+        """MACs by block for scoring one batch.
+
+        Args:
+          batch: B.
+          tokens: N.
+          counts: tokens that each layer runs for, which attend to each other; all tokens when None.
+
+        Raises:
+          ValueError: one count a layer is needed.
+        """
+        counts = (tokens,) * self.depth if counts is None else tuple(counts)
+        if len(counts) != self.depth:
+            raise ValueError(f"counts needs one entry for each of {self.depth} layers; got {len(counts)}")
+        return {
+            "attention": batch * sum(attention_macs(n, n, self.width, self.inner, self.kv_inner) for n in counts),
+            "mlp": batch * sum(mlp_macs(n, self.width, self.mlp_dim, gated=True) for n in counts),
+            "head": batch * linear_macs(tokens, self.width, self.vocab_size),
+        }

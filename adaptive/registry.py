@@ -17,6 +17,8 @@ KINDS = {
     "reduction": "which tokens survive, merged or pruned",
     "deletion": "bytes deleted by a gate in an encoder",
     "chunking": "bytes grouped into chunks of varying length",
+    "depth": "how many layers run for a token",
+    "skipping": "which layers run for a token",
 }
 
 
@@ -130,7 +132,8 @@ def get(name: str) -> Callable[..., Any]:
 
     A token reduction is called `(tokens, signals, budget, **hyper)` and returns a `Reduction`; `budget` is the number of
     surviving tokens, or a `budgets.Threshold`. A deletion gate is called `(tokens, signals, **hyper)` and returns gate values
-    `[B, N]`; a chunking method is called the same way and returns `Chunks`.
+    `[B, N]`; a chunking method is called the same way and returns `Chunks`; a depth method how much each layer's state counts
+    for each token, `[B, N, L]`; a skipping method which layers run for each token, `[B, N, L]` bool.
 
     Raises:
       KeyError: no such method.
@@ -182,4 +185,5 @@ def _load() -> None:
     """Imports the packages whose modules enter themselves."""
     import adaptive.chunking
     import adaptive.deletion
+    import adaptive.depth
     import adaptive.reduction  # noqa: F401

@@ -109,6 +109,8 @@ class Signals:
       token_ids: `[B, N]` vocabulary ids (byte-level methods).
       gate_logits: `[B, N]` output of a learned gate, high to keep.
       boundary_logits: `[B, N]` output of a learned boundary predictor, high where a chunk ends.
+      choice_logits: `[B, N, C]` output of a gate or a router, one for each choice or unit.
+      layer_scores: `[B, N, L]` what each layer says of stopping there: a halting probability, a confidence; in 0..1.
       entropies: `[B, N]` in nats, of the prediction of the next byte from the bytes up to this one.
       rng: a PRNG key for methods that draw.
       cls_token: True when slot 0 is a class token, which every method then keeps.
@@ -129,6 +131,8 @@ class Signals:
     token_ids: Any = None
     gate_logits: Any = None
     boundary_logits: Any = None
+    choice_logits: Any = None
+    layer_scores: Any = None
     entropies: Any = None
     rng: Any = None
     cls_token: bool = flax.struct.field(pytree_node=False, default=False)

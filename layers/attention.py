@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from adaptive.tokens import Signals
 from layers.linear import Initializer, Linear
-from layers.rotary import rotate
+from layers.rotary import Llama3Scaling, rotate
 from pallas_kernels.biased_flash_attention import (
     attention_column_stats,
     attention_map,
@@ -56,6 +56,16 @@ class Memory:
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=-2), self, other
         )
 
+    def write_each(self, other: Memory, slots: Int[Array, " b"], rows: Int[Array, " b"] | None = None) -> Memory:
+        """This memory with the single tokens of `other [b, G, 1, d]` in a slot of each row; a slot past the end is none.
+
+        `rows` are those of this memory that the tokens belong to; all, in order, when None.
+        """
+        rows = jnp.arange(self.keys.shape[0]) if rows is None else rows
+        return jax.tree.map(
+            lambda old, new: old.at[rows, :, slots].set(new[:, :, 0].astype(old.dtype), mode="drop"), self, other
+        )
+
 
 class Attention(nn.Module):
     """Self- or cross-attention, `(out [B, Q, D], Signals)`, whole or in two parts: `project` keys and values, then `attend`.
@@ -64,10 +74,10 @@ class Attention(nn.Module):
       heads: H.
       head_dim: d; D / H when None.
       kv_heads: G, which divides H; H when None.
-      use_bias: biases of the four projections.
+      use_bias: biases of the four projections; out_bias: of the last one, as the others when None.
       scale: factor of the logits; `d ** -0.5` when None (T5: 1.0).
       softmax: "standard" or "off_by_one".
-      rotary: turns queries and keys by their positions.
+      rotary: turns queries and keys by their positions; rotary_base, rotary_scaling: see `layers.rotary`.
       dtype: of the computation; parameters stay in `param_dtype`.
       kernel_init: of all projections, unless `query_init` or `out_init` is given.
       implementation: of the attention kernel; None for the best available.
@@ -77,10 +87,12 @@ class Attention(nn.Module):
     head_dim: int | None = None
     kv_heads: int | None = None
     use_bias: bool = True
+    out_bias: bool | None = None
     scale: float | None = None
     softmax: str = "standard"
     rotary: bool = False
     rotary_base: float = 10_000.0
+    rotary_scaling: Llama3Scaling | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.xavier_uniform()
@@ -91,10 +103,10 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Creates the projections; their sizes come with the calls, since D and d may follow from the input."""
         into, out = ("embed", "heads", "head_dim"), ("heads", "head_dim", "embed")
-        self.query = self._linear(into, self.query_init)
-        self.key = self._linear(into)
-        self.value = self._linear(into)
-        self.out = self._linear(out, self.out_init)
+        self.query = self._linear(into, self.use_bias, self.query_init)
+        self.key = self._linear(into, self.use_bias)
+        self.value = self._linear(into, self.use_bias)
+        self.out = self._linear(out, self.use_bias if self.out_bias is None else self.out_bias, self.out_init)
 
     def __call__(
         self,
@@ -172,6 +184,7 @@ class Attention(nn.Module):
         *,
         key_bias: Float[Array, "B K"] | None = None,
         bias: Float[Array, "b H Q K"] | None = None,
+        causal: bool = False,
         positions: Num[Array, "b Q"] | None = None,
     ) -> Float[Array, "B Q D"]:
         """Attends from `x` to a memory that `project` made; arguments as in the call, -inf in `bias` removes a pair."""
@@ -182,17 +195,18 @@ class Attention(nn.Module):
             jnp.swapaxes(memory.values, 1, 2),
             key_bias=key_bias,
             bias=bias,
+            causal=causal,
             softmax=self.softmax,
             scale=self.scale,
             implementation=self.implementation,
         )
         return self.out(out, x.shape[-1:])
 
-    def _linear(self, axes: tuple[str, ...], init: Initializer | None = None) -> Linear:
+    def _linear(self, axes: tuple[str, ...], use_bias: bool, init: Initializer | None = None) -> Linear:
         return Linear(
             None,
             axes,
-            use_bias=self.use_bias,
+            use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=init or self.kernel_init,
@@ -213,7 +227,7 @@ class Attention(nn.Module):
             return x
         if positions is None:
             positions = jnp.arange(x.shape[1])[None]
-        return rotate(x, positions, base=self.rotary_base)
+        return rotate(x, positions, base=self.rotary_base, scaling=self.rotary_scaling)
 
 
 def _check_signals(signals: tuple[str, ...], causal: bool) -> None:

@@ -74,7 +74,12 @@ def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
     return jnp.where(ragged.rank(logits) < kept, logits, -jnp.inf)
 
 
-def generate(
+def generate(step: Step, cache: Any, first_ids: Int[Array, " B"], **settings: Any) -> Generation:
+    """`generate_with_cache` without the cache in the end."""
+    return generate_with_cache(step, cache, first_ids, **settings)[0]
+
+
+def generate_with_cache(
     step: Step,
     cache: Any,
     first_ids: Int[Array, " B"],
@@ -87,7 +92,7 @@ def generate(
     pad_id: int = 0,
     key: Array | None = None,
     min_length: int = 0,
-) -> Generation:
+) -> tuple[Generation, Any]:
     """Decodes from `first_ids` until every row has ended, in one `lax.while_loop`.
 
     Everything but `cache`, `first_ids` and `key` is static. A row's draws depend on its key and the position alone: given one
@@ -103,6 +108,9 @@ def generate(
       eos_id: ends a row, and is its last token; pad_id: what finished rows emit.
       key: PRNG key for sampling, or keys `[B]`, one a row.
       min_length: tokens before the end of sequence that a row must have; until then `eos_id` cannot be chosen.
+
+    Returns:
+      `(generation, cache)`: the cache as the last step left it, so that a caller can donate it.
 
     Raises:
       ValueError: a value outside its range, or sampling without a key.
@@ -146,7 +154,8 @@ def generate(
         jnp.zeros((rows, max_length), jnp.float32),
     )
     start = (jnp.zeros((), jnp.int32), cache, first_ids.astype(jnp.int32), jnp.zeros(rows, bool), empty)
-    return jax.lax.while_loop(unfinished, advance, start)[-1]
+    _, cache, _, _, found = jax.lax.while_loop(unfinished, advance, start)
+    return found, cache
 
 
 def generate_t5(
@@ -233,6 +242,68 @@ def decode_t5(
 
     rungs = (slots,) if rungs is None else rungs
     return ragged.on_ladder(work, encoded.valid, rungs, encoded.replace(aux=None), key)
+
+
+def generate_lm(
+    model: Any,
+    variables: Any,
+    input_ids: Int[Array, "B N"],
+    attention_mask: Bool[Array, "B N"] | None = None,
+    *,
+    max_length: int,
+    key: Array | None = None,
+    **sampling: Any,
+) -> tuple[Generation, dict[str, Any]]:
+    """Continues prompts of different lengths: one program reads them, another decodes, and the cache stays on the device.
+
+    Args:
+      model: a `layers.decoder_lm.DecoderLM`; its `policy` says which layers run for a token.
+      variables: of the model.
+      input_ids, attention_mask: prompts `[B, N]`, padded on either side; what is generated does not depend on the padding.
+      max_length: T, tokens to generate at most.
+      key: for sampling; see `generate_with_cache`.
+      **sampling: of `generate_with_cache`, all static.
+
+    Returns:
+      `(generation, aux)`: "tokens" `[L, B]`, tokens of each row that ran through each layer in decoding, and "steps" `[L]`,
+      steps at which a layer ran for any row. A row that has ended is counted on until all have.
+
+    Raises:
+      ValueError: what the model and `generate_with_cache` refuse.
+    """
+    settings = tuple(sorted((sampling | {"max_length": max_length}).items()))
+    cache, first_ids = prefill(model, max_length, variables, input_ids, attention_mask)
+    generation, cache = decode_lm(model, settings, variables, cache, first_ids, key)
+    return generation, {"tokens": cache.tokens, "steps": cache.steps}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+    model: Any, max_length: int, variables: Any, input_ids: Array, attention_mask: Array | None = None
+) -> tuple[Any, Int[Array, " B"]]:
+    """The compiled first half of `generate_lm`: `(cache, first_ids)`."""
+    return model.apply(variables, input_ids, attention_mask, max_length=max_length, method="prefill")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode_lm(
+    model: Any,
+    settings: tuple[tuple[str, Any], ...],
+    variables: Any,
+    cache: Any,
+    first_ids: Int[Array, " B"],
+    key: Array | None = None,
+) -> tuple[Generation, Any]:
+    """The compiled second half of `generate_lm`: `(generation, cache)`. It takes the memory of the cache that it is given.
+
+    Args:
+      settings: sorted pairs of `generate_with_cache`, "max_length" among them.
+    """
+
+    def step(cache: Any, token_ids: Array, position: Array) -> tuple[Array, Any]:
+        return model.apply(variables, cache, token_ids, position, method="decode_step")
+
+    return generate_with_cache(step, cache, first_ids, key=key, **dict(settings))
 
 
 def pack(encoded: Encoded, reduction: Reduction) -> Encoded:

@@ -29,6 +29,7 @@ from experiments.data import (
     images,
     languages,
     next_byte,
+    next_token,
     pairs,
     schema,
     span_corruption,
@@ -232,7 +233,11 @@ def _image_folder(config: ml_collections.ConfigDict, split: str) -> Source:
 
 
 def _text(config: ml_collections.ConfigDict, split: str) -> Source:
-    kind = {"span_corruption": span_corruption.SpanCorruption, "next_byte": next_byte.NextByte}[config.objective]
+    kind = {
+        "span_corruption": span_corruption.SpanCorruption,
+        "next_byte": next_byte.NextByte,
+        "next_token": next_token.NextToken,
+    }[config.objective]
     objective = kind(**_subset(config, kind))
     if config.text == "languages":
         return _languages(config, split, objective)
@@ -325,8 +330,9 @@ def build(
     Batches by source (float32 unless said): `digits`, `image_folder` and `tfds_images` give `image [B, H, W, C]` and
     `label [B]` int32, `moving_digits` gives `video [B, T, H, W, C]`; digits also `difficulty [B]`. The others, of text,
     give `input_ids [B, N]`, `decoder_input_ids [B, T]` and `labels [B, T]`, all int32: attend where `input_ids != 0`,
-    count losses where `labels != 0`. Several languages give `language [B]` int32, `characters` gives `kind [B]` int32;
-    `grouping.groups` names their values.
+    count losses where `labels != 0`.
+    The objective "next_token" gives `input_ids [B, N]` and `labels [B, N]` alone. Several languages give `language [B]`
+    int32, `characters` gives `kind [B]` int32; `grouping.groups` names their values.
 
     Args:
       data_config: see `schema.resolve`.

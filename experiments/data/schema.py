@@ -77,7 +77,8 @@ _TEXTS = {
 }
 _OBJECTIVES = {
     "span_corruption": {"inputs_length": 1024, "noise_density": 0.15, "mean_span": 20.0},
-    "next_byte": {"context": 512, "targets_length": 512},
+    "next_byte": {"context": 512, "targets_length": 512},  # for encoder-decoder models
+    "next_token": {"length": 256},  # for decoder-only models
 }
 _CHARACTERS = {
     "spelling_correction": {"inputs_length": 64, "targets_length": 64, "errors": 1, "dependent": 0.5},
@@ -185,6 +186,8 @@ def lengths(config: Mapping[str, Any]) -> tuple[int, int]:
     if source == "text" and config["objective"] == "span_corruption":
         inputs = config["inputs_length"]
         return inputs, span_corruption.lengths(inputs, config["noise_density"], config["mean_span"])[1]
+    if source == "text" and config["objective"] == "next_token":
+        return config["length"], config["length"]
     if source == "text":
         return config["context"], config["targets_length"]
     if source == "diagnostic":

@@ -21,9 +21,15 @@ from ml_collections import ConfigDict
 
 from experiments.tasks.classification import Classification
 from experiments.tasks.duo import Duo
+from experiments.tasks.language_modelling import LanguageModelling
 from experiments.tasks.seq2seq import Seq2Seq
 
-TASKS = {"classification": Classification, "seq2seq": Seq2Seq, "duo": Duo}
+TASKS = {
+    "classification": Classification,
+    "duo": Duo,
+    "language_modelling": LanguageModelling,
+    "seq2seq": Seq2Seq,
+}
 
 
 def build(config: ConfigDict) -> Any:
@@ -39,4 +45,4 @@ def build(config: ConfigDict) -> Any:
     return TASKS[config.task].from_config(config)
 
 
-__all__ = ["TASKS", "Classification", "Duo", "Seq2Seq", "build"]
+__all__ = ["TASKS", "Classification", "Duo", "LanguageModelling", "Seq2Seq", "build"]

@@ -11,8 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from adaptive import budgets, registry
+from layers.decoder_lm import DecoderLM
 from layers.duo_lm import DuoLM
+from layers.early_exit import SkipSchedule
 from layers.hooks import Reduce
+from layers.mixture_of_depths import MixtureOfDepths
+from layers.rotary import Llama3Scaling
 from layers.t5 import T5
 from layers.vit import ViT
 
@@ -29,7 +33,10 @@ REDUCTION = {
 
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
-NOT_OF_A_SECTION = {"parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess"}
+NOT_OF_A_SECTION = {
+    "parent", "name", "hooks", "dtype", "param_dtype", "hard_probability", "score_excess", "feed_forward",
+    "policy",
+}  # fmt: skip
 
 
 def reduction_section(**values: Any) -> dict[str, Any]:
@@ -131,3 +138,25 @@ def build_duo_lm(section: Mapping[str, Any], *, dtype: str) -> DuoLM:
       ValueError: unknown keys.
     """
     return DuoLM(**_attributes(DuoLM, section, ("duo",)), dtype=jnp.dtype(dtype))
+
+
+def build_decoder(section: Mapping[str, Any], *, dtype: str) -> DecoderLM:
+    """The decoder of a model section; empty sections `rotary_scaling`, `routing` and `skip` are none.
+
+    `routing` holds the attributes of `layers.mixture_of_depths.MixtureOfDepths`, `skip` those of
+    `layers.early_exit.SkipSchedule`.
+
+    Raises:
+      ValueError: unknown keys, and what those refuse.
+    """
+    parts = {"rotary_scaling": Llama3Scaling, "routing": MixtureOfDepths, "skip": SkipSchedule}
+    attributes = _attributes(DecoderLM, section, ("losses", "exit_losses", *parts))
+    built = {name: _part(name, kind, dict(section.get(name, {}))) for name, kind in parts.items()}
+    attributes |= dict(rotary_scaling=built["rotary_scaling"], routing=built["routing"], policy=built["skip"])
+    return DecoderLM(**attributes, dtype=jnp.dtype(dtype))
+
+
+def _part(name: str, kind: type, section: Mapping[str, Any]) -> Any:
+    """`kind` with the values of a section, or None for an empty one."""
+    check_keys(f"model.{name}", section, (field.name for field in dataclasses.fields(kind)))
+    return kind(**{key: _plain(value) for key, value in section.items()}) if section else None

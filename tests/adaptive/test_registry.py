@@ -62,7 +62,7 @@ def test_a_name_is_taken_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "deduction"}, r"unknown kind 'deduction' for 'new'; one of \[.*'deletion', 'reduction'.*\]"),
+        ({"kind": "deduction"}, r"unknown kind 'deduction' for 'new'; one of \[.*'deletion', .*'reduction'.*\]"),
         ({"kind": "reduction", "trained": "maybe"}, "trained='maybe' for 'new'; one of 'no', 'optional', 'yes'"),
         (
             {"kind": "reduction", "signals": ("keys", "key")},

@@ -190,6 +190,13 @@ class DuoLM(nn.Module):
             x = block.feed_each(x, paths[-1], compact=compact)
         return self.readout(x), jnp.stack(paths, axis=-1), jnp.stack(scores, axis=-1)
 
+    def all_big(self, ids: Int[Array, "B N"]) -> Float[Array, "B N V"]:
+        """Logits of the dense model: the big module everywhere, and no other is run."""
+        x = self.embed(ids)
+        for block in self.block:
+            x = block.feed(block.attend(x), duo.BIG)
+        return self.readout(x)
+
     def embed(self, ids: Int[Array, "B N"]) -> Float[Array, "B N D"]:
         """The residual stream before the first layer."""
         return along_batch(self.embedding(ids))

@@ -7,6 +7,7 @@ Shapes: B batch, T bytes, L layers, K = 3 choices.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -167,10 +168,7 @@ class Duo:
         """
         del extra
         ids, labels = batch["decoder_input_ids"], batch["labels"]
-        shape, apply = (
-            (*ids.shape, self.model.layers),
-            lambda *args, **options: self.model.apply({"params": params}, *args, **options),
-        )
+        shape, apply = (*ids.shape, self.model.layers), functools.partial(self.model.apply, {"params": params})
         if self.stage == "router":
             logits, paths, _ = apply(ids, allow_skip=self.allow_skip, method="routed")
         elif self.stage == "paths":
@@ -178,7 +176,7 @@ class Duo:
             logits = apply(ids, paths, compact=True)
         else:
             paths = jnp.full(shape, duo.BIG, jnp.int32)
-            logits = self._all_big(params, ids)
+            logits = apply(ids, method="all_big")
         mask = (labels != 0) * batch["weight"][:, None]
         count = jnp.sum(mask)
         total = jnp.sum(byte_losses(logits, labels) * batch["weight"][:, None])
@@ -192,17 +190,6 @@ class Duo:
             "big": uses(duo.BIG),
             "small": uses(duo.SMALL),
         }
-
-    def _all_big(self, params: Any, ids: Any) -> Any:
-        """Logits of the dense model: no module but the big one is run."""
-
-        def forward(model: DuoLM, ids: Any) -> Any:
-            x = model.embed(ids)
-            for layer in range(model.layers):
-                x = model.feed(model.attend(x, layer), layer, duo.BIG)
-            return model.readout(x)
-
-        return self.model.apply({"params": params}, ids, method=forward)
 
 
 def byte_losses(logits: Any, labels: Any) -> Any:

@@ -76,8 +76,8 @@ def run(context: Context, measured: Sequence[Measured]) -> list[str]:
         for place in _places(one):
             build = functools.partial(_single, one, place)
             single.append(context.rows.make(f"big-{place}-seed{one.seed}".replace(" ", "_"), one.config, build))
-    tables.write(context.results, "budgets", TITLE, rows, COLUMNS)
-    tables.write(context.results, "single", SINGLE_TITLE, single, SINGLE_COLUMNS)
+    tables.write(context.results, "budgets", TITLE, rows, COLUMNS, receipts=context.receipts)
+    tables.write(context.results, "single", SINGLE_TITLE, single, SINGLE_COLUMNS, receipts=context.receipts)
     shown = [
         {"group": f"{name}-{row['budget']}", "method": label, "kmacs": row["kmacs"], "loss": row[name]}
         for row in rows

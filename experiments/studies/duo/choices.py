@@ -76,9 +76,25 @@ def run(context: Context, measured: Sequence[Measured], shown: int) -> list[str]
         for labels in ("true", "shuffled"):
             add("difficulty", one, f"difficulty-{labels}", functools.partial(_difficulty, one, labels))
     about = {"budget": budget, "layers": layers}
-    tables.write(context.results, "layers", LAYER_TITLE.format(**about), rows["layers"], LAYER_COLUMNS)
-    tables.write(context.results, "classes", CLASS_TITLE.format(**about), rows["classes"], CLASS_COLUMNS)
-    tables.write(context.results, "difficulty", DIFFICULTY_TITLE, rows["difficulty"], DIFFICULTY_COLUMNS)
+    tables.write(
+        context.results, "layers", LAYER_TITLE.format(**about), rows["layers"], LAYER_COLUMNS, receipts=context.receipts
+    )
+    tables.write(
+        context.results,
+        "classes",
+        CLASS_TITLE.format(**about),
+        rows["classes"],
+        CLASS_COLUMNS,
+        receipts=context.receipts,
+    )
+    tables.write(
+        context.results,
+        "difficulty",
+        DIFFICULTY_TITLE,
+        rows["difficulty"],
+        DIFFICULTY_COLUMNS,
+        receipts=context.receipts,
+    )
     _figures(context, measured[0], rows["layers"], shown)
     return [row["id"] for table in rows.values() for row in table]
 

@@ -51,7 +51,7 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
                 build = functools.partial(_row, found, name, batch)
                 rows.append(context.rows.make(f"decoding-{name}-batch{batch}-seed{seed}", config, build))
     depth = apply_overrides(context.config("decoder/text.py"), settings["overrides"]).model.depth
-    tables.write(context.results, "decoding", TITLE.format(depth=depth), rows, COLUMNS)
+    tables.write(context.results, "decoding", TITLE.format(depth=depth), rows, COLUMNS, receipts=context.receipts)
     panels = [("speed", "bytes / s", "cross_entropy", "cross-entropy (nats)")]
     panels.append(("implied", "implied speedup", "realised", "realised speedup"))
     shown = [{**row, "line": f"{row['method']}, batch {row['batch']}"} for row in rows if row["method"] != "all layers"]

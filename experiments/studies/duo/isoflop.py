@@ -48,7 +48,7 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
                         name, config, functools.partial(_row, context, config, name, width, share, settings["batches"])
                     )
                 )
-    tables.write(context.results, "isoflop", TITLE.format(gmacs=budget / 1e9), rows, COLUMNS)
+    tables.write(context.results, "isoflop", TITLE.format(gmacs=budget / 1e9), rows, COLUMNS, receipts=context.receipts)
     panels = [("mmacs", "MMACs / example", "cross_entropy", "cross-entropy (nats)")]
     plots.save(plots.trade_off(rows, panels), context.results, "isoflop")
     return [row["id"] for row in rows]

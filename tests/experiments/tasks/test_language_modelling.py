@@ -32,13 +32,17 @@ def loss(task, params):
 def test_the_loss_is_the_mean_cross_entropy_of_real_labels():
     task, params = build("")
     logits = task.model.apply({"params": params}, BATCH["input_ids"])[0]
-    own = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(BATCH["labels"])[..., None], -1)[..., 0]
+    own = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(BATCH["labels"])[..., None], -1)[
+        ..., 0
+    ]
     real = np.asarray(BATCH["labels"]) != 0
     value, metrics = loss(task, params)
     np.testing.assert_allclose(value, own[real].mean(), rtol=1e-5)
     assert metrics["cross_entropy"][1] == 28
     found = task.eval_step(params, BATCH, extra={})
-    np.testing.assert_allclose(found["bits_per_byte"][0] / found["bits_per_byte"][1], own[real].mean() / np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(
+        found["bits_per_byte"][0] / found["bits_per_byte"][1], own[real].mean() / np.log(2), rtol=1e-5
+    )
     assert found["tokens_a_layer"][0] == 32
 
 
@@ -90,5 +94,7 @@ def test_what_does_not_fit_is_refused():
         tasks.build(config)
     config = text.get_config("runlocal")
     config.data = {"source": "text", "objective": "next_byte"}
-    with pytest.raises(ValueError, match="needs config.data.objective='next_token'; got source='text', objective='next_byte'"):
+    with pytest.raises(
+        ValueError, match="needs config.data.objective='next_token'; got source='text', objective='next_byte'"
+    ):
         tasks.build(config)

@@ -9,6 +9,7 @@ paths are random: time does not depend on which tokens share a module.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,27 +41,23 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     one = jnp.zeros((1, options.tokens), jnp.int32)
     shapes = meta.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), one, method="soft")))["params"]
     params = measure.random_like(shapes, jax.random.key(1))
+    forwards = {
+        "compacted": jax.jit(lambda params, ids, paths: model.apply({"params": params}, ids, paths, compact=True)),
+        "masked": jax.jit(lambda params, ids, paths: model.apply({"params": params}, ids, paths)),
+        "dense": jax.jit(lambda params, ids, _: model.apply({"params": params}, ids, method="all_big")),
+    }
     for batch in options.batch:
         ids = jax.random.randint(jax.random.key(2), (batch, options.tokens), 3, 259)
         for shares in ((0.0, 0.5, 0.5), (0.2, 0.5, 0.3), (0.0, 0.75, 0.25), (0.5, 0.0, 0.5), (0.0, 1.0, 0.0)):
-            yield _row(options, model, params, ids, shares)
+            yield _row(options, model, forwards, params, ids, shares)
 
 
-def _row(options: argparse.Namespace, model: DuoLM, params: Any, ids: Any, shares: tuple[float, ...]) -> dict[str, Any]:
+def _row(
+    options: argparse.Namespace, model: DuoLM, forwards: Any, params: Any, ids: Any, shares: tuple[float, ...]
+) -> dict[str, Any]:
     paths = duo.random_paths(jax.random.key(3), (*ids.shape, model.layers), shares)
-    run = jax.jit(
-        lambda params, ids, paths, compact: model.apply({"params": params}, ids, paths, compact=compact),
-        static_argnames="compact",
-    )
-    dense = jax.jit(lambda params, ids: model.apply({"params": params}, ids, method="all_big"))
-    times = measure.interleaved(
-        {
-            "dense": lambda: dense(params, ids),
-            "compacted": lambda: run(params, ids, paths, compact=True),
-            "masked": lambda: run(params, ids, paths, compact=False),
-        },
-        repeats=options.repeats,
-    )
+    calls = {name: functools.partial(forward, params, ids, paths) for name, forward in forwards.items()}
+    times = measure.interleaved(calls, repeats=options.repeats)
     sizes = {"batch": ids.shape[0], "tokens": ids.shape[1]}
     uses = {name: float(jnp.mean(jnp.sum(paths == choice, axis=-1))) for name, choice in (("big", 2), ("small", 1))}
     macs = [flops.Count(model.macs(**sizes)).macs, flops.Count(model.macs(**sizes, **uses)).macs]

@@ -173,7 +173,8 @@ class Measured:
         ids, labels = batch["decoder_input_ids"], batch["labels"]
         return Text(ids, labels, np.asarray(oracle.shuffled(jnp.asarray(labels), jax.random.key(self.seed))))
 
-    def _all_losses(self, text: Text) -> dict[str, np.ndarray]:
+    @functools.cached_property
+    def _every_path(self) -> Any:
         @jax.jit
         def every(params: Any, ids: Any, labels: Any, shuffled: Any) -> dict[str, Any]:
             def readout(logits: Any) -> dict[str, Any]:
@@ -181,8 +182,12 @@ class Measured:
 
             return oracle.all_losses(as_layered(self.model, params, readout), embed(self.model, params, ids))
 
+        return every
+
+    def _all_losses(self, text: Text) -> dict[str, np.ndarray]:
+        arrays = (text.ids, text.labels, text.shuffled)
         parts = [
-            every(self.params, *(array[i : i + _TOGETHER] for array in (text.ids, text.labels, text.shuffled)))
+            self._every_path(self.params, *(array[i : i + _TOGETHER] for array in arrays))
             for i in range(0, self.sequences, _TOGETHER)
         ]
         return {name: np.concatenate([np.asarray(part[name]) for part in parts], axis=1) for name in parts[0]}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kinds of bytes a gate deletes: counts of deleted bytes by class.
+"""Classes of bytes, and which of them a gate deletes: counts of deleted bytes by class.
 
 Classes by the value of the byte, so that they need no decoding: ASCII whitespace, letters, digits and punctuation; the first
 byte of a longer UTF-8 character ("lead", two to four bytes) and its other bytes ("continuation"); and "special": end of
@@ -41,6 +41,11 @@ def _table() -> np.ndarray:
 _TABLE = _table()
 
 
+def class_of(token_ids: Int[Array, "B N"]) -> Int[Array, "B N"]:
+    """Index in `CLASSES` of each id of ByT5's vocabulary."""
+    return jnp.asarray(_TABLE)[token_ids]
+
+
 def deleted_by_class(
     kept: Bool[Array, "B N"], token_ids: Int[Array, "B N"], valid: Bool[Array, "B N"]
 ) -> dict[str, tuple[Float[Array, ""], Float[Array, ""]]]:
@@ -51,7 +56,7 @@ def deleted_by_class(
       token_ids: `[B, N]` in ByT5's vocabulary, 0..383.
       valid: `[B, N]` True for bytes that count; padding is not one of them.
     """
-    classes = jnp.asarray(_TABLE)[token_ids]
+    classes = class_of(token_ids)
     member = (classes[None] == jnp.arange(len(CLASSES))[:, None, None]) & valid
     count = jnp.sum(member, axis=(1, 2), dtype=jnp.float32)
     deleted = jnp.sum(member & ~kept, axis=(1, 2), dtype=jnp.float32)

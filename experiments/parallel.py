@@ -48,6 +48,9 @@ RULES = (
     ("classes", None, None),
     ("norm", None, None),
     ("gate", None, None),
+    ("router", None, None),
+    ("predictor", None, None),
+    ("exit", None, None),
     ("buckets", None, None),
     ("layers", None, None),  # the scan axis: each step of the scan would have to gather its slice
 )

@@ -6,8 +6,8 @@ A study is a module with a docstring, `SUITES` (settings by suite name) and `run
 
 from __future__ import annotations
 
-from experiments.studies import acm, diffrate, mrt5, tome
+from experiments.studies import acm, diffrate, duo, mrt5, tome
 
-STUDIES = {"tome": tome, "mrt5": mrt5, "diffrate": diffrate, "acm": acm}
+STUDIES = {"tome": tome, "mrt5": mrt5, "diffrate": diffrate, "acm": acm, "duo": duo}
 
 __all__ = ["STUDIES"]

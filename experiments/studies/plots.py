@@ -228,3 +228,25 @@ def deleted_bytes(lines: Sequence[tuple[str, bytes, np.ndarray]], *, width: int 
                 axis.plot([x + 0.45, x + 1.25], [y + 0.22] * 2, color="tab:red", linewidth=0.5)
     axis.set_ylim(y - 0.6, 0.3)
     return figure
+
+
+def text_heat(lines: Sequence[tuple[str, bytes, np.ndarray]], *, width: int = 96) -> Figure:
+    """Text whose bytes are shaded by a value each, one block for each `(title, bytes, values)`, with a scale of its own."""
+    count = sum(-(-len(text) // width) for _, text, _ in lines)
+    figure = Figure(figsize=(0.088 * width + 1.2, 0.23 * (count + 1.4 * len(lines)) + 0.2), layout="constrained")
+    heights = [-(-len(text) // width) for _, text, _ in lines]
+    axes = figure.subplots(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, text, values) in zip(axes, lines, strict=True):
+        rows = -(-len(text) // width)
+        grid = np.full(rows * width, np.nan)
+        grid[: len(text)] = values
+        image = axis.imshow(grid.reshape(rows, width), cmap="YlOrRd", aspect="auto", vmin=0.0, interpolation="nearest")
+        for place, byte in enumerate(text):
+            shown = chr(byte) if 32 <= byte < 127 else ("¶" if byte == 10 else "·")
+            row, column = divmod(place, width)
+            axis.text(column, row, shown, fontsize=7, family="monospace", ha="center", va="center")
+        axis.set_title(title, fontsize=8, loc="left")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        figure.colorbar(image, ax=axis, pad=0.01)
+    return figure

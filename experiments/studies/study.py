@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from experiments import measure
 from experiments.config import load
 from experiments.rundir import config_hash, git_revision, plain, versions
+from experiments.studies import tables
 from experiments.train import TrainResult, train
 
 # Packages whose versions stand in every row; the run directories hold the whole list.
@@ -102,6 +103,12 @@ class Context:
         """The config `configs/NAME:ARG`."""
         path = epath.Path(__file__).parents[2] / "configs" / name
         return load(f"{path}:{arg}" if arg else str(path))
+
+    @property
+    def receipts(self) -> tuple[tables.Column, ...]:
+        """Columns of where rows come from, for rows that only the study itself makes again."""
+        command = f"python -m experiments.reproduce --suite={self.suite} --only={self.name}"
+        return (*tables.RECEIPTS[:2], tables.Column("command", lambda _: command, receipt=True))
 
     def train(self, name: str, config: ConfigDict, **options: Any) -> TrainResult:
         """Trains the run `name`, or continues or returns it when it is there."""

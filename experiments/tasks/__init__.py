@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from experiments.tasks.acm import Acm
 from experiments.tasks.classification import Classification
 from experiments.tasks.depth import EarlyExit, Halting
+from experiments.tasks.duo import Duo
 from experiments.tasks.language_modelling import LanguageModelling
 from experiments.tasks.rates import LearnRates
 from experiments.tasks.seq2seq import Seq2Seq
@@ -30,6 +31,7 @@ from experiments.tasks.token_exits import TokenExit
 TASKS = {
     "acm": Acm,
     "classification": Classification,
+    "duo": Duo,
     "early_exit": EarlyExit,
     "halting": Halting,
     "language_modelling": LanguageModelling,
@@ -56,6 +58,7 @@ __all__ = [
     "TASKS",
     "Acm",
     "Classification",
+    "Duo",
     "EarlyExit",
     "Halting",
     "LanguageModelling",

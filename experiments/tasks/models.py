@@ -14,6 +14,7 @@ from adaptive import budgets, registry
 from adaptive.rates.schedules import Schedule
 from layers.cropr import Cropr
 from layers.decoder_lm import DecoderLM
+from layers.duo_lm import DuoLM
 from layers.early_exit import SkipSchedule
 from layers.hooks import Hook, Reduce
 from layers.learned_rates import LearnedRates
@@ -178,6 +179,15 @@ def build_t5(section: Mapping[str, Any], *, dtype: str) -> T5:
     for name in ("gate_hyper", "chunk_hyper"):
         attributes[name] = tuple(sorted(dict(section.get(name, {})).items()))
     return T5(**attributes, dtype=jnp.dtype(dtype))
+
+
+def build_duo_lm(section: Mapping[str, Any], *, dtype: str) -> DuoLM:
+    """The `DuoLM` of a model section; its entry `duo` is the task's.
+
+    Raises:
+      ValueError: unknown keys.
+    """
+    return DuoLM(**_attributes(DuoLM, section, ("duo",)), dtype=jnp.dtype(dtype))
 
 
 def build_decoder(section: Mapping[str, Any], *, dtype: str) -> DecoderLM:

@@ -21,8 +21,8 @@ sees the masks (in attention, `masked.masked_attention`) and the multiply-adds F
 A candidate gains where the tokens that it keeps, and the others do not, lower the loss by more than their cost: dL/dm_j is the
 worth of one more token at rank j, for tokens that are masked (they stay in the arrays) and for tokens that are not. Where a
 layer prunes to k_p and merges to k_m, the next gets min(N, k_p, k_m) tokens; the derivative of F with respect to that minimum
-goes to both numbers, so that the one which does not bind keeps its price (`price="both"`, as published). Un-pruning a token that
-would then merge costs nothing, yet pays that price; `price="binding"` passes the derivative to the number that binds alone.
+goes to both numbers, so that the one which does not bind keeps its price (`price="both"`, as published). Un-pruning a token
+that would then merge costs nothing, yet pays that price; `price="binding"` passes it to the number that binds alone.
 
 Shapes: L layers, G candidates, N tokens with the class token, P patches.
 """

@@ -26,6 +26,7 @@ REQUIRES = [
     "tabulate>=0.10",
     "tensorboardX>=2.6.5",
     "scikit-learn>=1.9",
+    "bayesian-optimization>=3.4",
     "pillow>=12.0",
 ]
 

@@ -30,8 +30,8 @@ class TokenSet:
       mass: `[B, N]` float32, number of original tokens that each token stands for; 0 in padding.
       coords: `[B, N, C]` float32, position(s) in the original sequence or grid; a merged token carries the weighted mean.
       origin: `[B, N0]` int32, current slot that carries each original token; -1 when it was dropped or is padding.
-      keep: `[B, N]` float32 in {0, 1}, while rates are learned: tokens at 0 are gone, though the arrays still hold them with the
-        mass that they had, and its gradient says what they were worth. None elsewhere: all tokens with mass are there.
+      keep: `[B, N]` float32 in {0, 1}, while rates are learned: tokens at 0 are gone, though the arrays still hold them with
+        the mass that they had, and its gradient says what they were worth. None elsewhere: all tokens with mass are there.
     """
 
     features: Float[Array, "B N D"]

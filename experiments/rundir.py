@@ -178,9 +178,9 @@ def _converted(config: ml_collections.ConfigDict, key: str, value: Any) -> Any:
     if (kind is float and type(value) is int) or (kind in (tuple, list) and isinstance(value, tuple | list)):
         return kind(value)
     # A section without keys is free (hyper-parameters by name); one with keys takes values for just those.
-    if kind is ml_collections.ConfigDict and isinstance(value, Mapping):
-        if not _section(config, key) or set(value) == set(_section(config, key)):
-            return ml_collections.ConfigDict(value)
+    free = kind is ml_collections.ConfigDict and isinstance(value, Mapping)
+    if free and set(_section(config, key)) in (set(), set(value)):
+        return ml_collections.ConfigDict(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"config.{key} is of type {kind.__name__}; {value!r} is of type {type(value).__name__}")
     return value

@@ -4,9 +4,9 @@
     python -m experiments.search --workdir=runs/digits --method=evopress --budget=0.6
     python -m experiments.search --workdir=runs/digits --method=p_sigmoid --budget=0.6 --trials=30 --examples=512
 
-Methods: uniform, random, g_search, p_sigmoid, evopress. The budget is a share of the dense model's multiply-adds. Every evaluation
-is written to `searches.jsonl` in the workdir at once and is never made again: the same command, started again after a kill,
-goes on where it was, and other methods and budgets profit from what is there. The last line printed is the command that
+Methods: uniform, random, g_search, p_sigmoid, evopress. The budget is a share of the dense model's multiply-adds. Every
+evaluation is written to `searches.jsonl` in the workdir at once and is never made again: the same command, started again after
+a kill, goes on where it was, and other methods and budgets profit from what is there. The last line printed is the command that
 evaluates what was found with arrays that really shrink.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 from bayes_opt import BayesianOptimization, acquisition
 from etils import epath
 
-from adaptive.rates import proxy, search
+from adaptive.rates import search
 from adaptive.rates.schedules import Schedule, Space, cost_of
 from experiments import data, tasks, train
 from experiments import evaluate as evaluation
@@ -52,7 +52,6 @@ class Objective:
       batches: the calibration set, `{"image", "label", "weight"}` each, all of one shape.
       path: JSON lines file of results; identity: of model and calibration set, so that results of others are not taken.
       pruned: share of the tokens that go at a layer which is pruned; the others merge.
-      progress: told after each call.
 
     Raises:
       ValueError: no batch, a model without a class token, a share outside [0, 1].
@@ -67,7 +66,6 @@ class Objective:
         path: epath.Path,
         identity: str,
         pruned: float = 0.5,
-        progress: Progress | None = None,
     ):
         if not batches:
             raise ValueError("the calibration set is empty; give it at least one batch")
@@ -80,13 +78,17 @@ class Objective:
         self._step = jax.jit(functools.partial(self._task.eval_step, extra={}))
         self._params, self._batches = params, batches
         self._path, self._identity, self.pruned = path, f"{identity}-{pruned:g}", pruned
-        self._progress = progress
+        self._progress: Progress | None = None
         self.calls = self.evaluations = 0
         self._known = {
             (tuple(row["counts"]), row["batches"]): row["loss"]
             for row in _rows(path)
             if row["identity"] == self._identity
         }
+
+    def watch(self, progress: Progress) -> None:
+        """Tells `progress` of every call from now on, as one step each; calls beyond its last are not shown."""
+        self._progress, self.calls = progress, 0
 
     def schedule(self, counts: Sequence[int]) -> Schedule:
         """What is pruned and merged so that `counts` tokens are left."""
@@ -189,19 +191,21 @@ def run(method: str, space: Space, objective: search.Evaluate, *, trials: int, s
         return search.p_sigmoid(space, objective, trials=trials, suggest=functools.partial(suggest, seed=seed))
     if method == "evopress":
         offspring = 8
-        return search.evopress(space, objective, generations=max(trials // offspring, 1), offspring=offspring, seed=seed)
+        return search.evopress(
+            space, objective, generations=max(trials // offspring, 1), offspring=offspring, seed=seed
+        )
     raise ValueError(f"no search is named {method!r}; there are {', '.join(METHODS)}")
 
 
-def space_of(model: ViT, budget: float) -> Space:
-    """Schedules of a ViT within a share `budget` of its dense multiply-adds.
+def space_of(model: ViT, budget: float, first: int = 1) -> Space:
+    """Schedules of a ViT within a share `budget` of its dense multiply-adds; its `first` layers stay whole.
 
     Raises:
       ValueError: no schedule meets it.
     """
     cost = cost_of(model.spec())
     dense = cost((model.num_tokens,) * model.depth)
-    return Space(model.depth, model.num_tokens, cost, budget * dense)
+    return Space(model.depth, model.num_tokens, cost, budget * dense, first=first)
 
 
 def calibration(config: Any, *, examples: int, seed: int, batch_size: int = 64) -> list[dict[str, np.ndarray]]:
@@ -271,8 +275,8 @@ def _search(directory: epath.Path, options: argparse.Namespace) -> dict[str, Any
             path=directory / "searches.jsonl",
             identity=identity_of(config, step, options.examples, options.seed),
             pruned=options.pruned,
-            progress=progress,
         )
+        objective.watch(progress)
         counts = run(options.method, space, objective, trials=options.trials, seed=options.seed)
     schedule = objective.schedule(counts)
     return {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiffRate's differentiable discrete proxy: how many tokens a layer keeps, as a distribution over candidate numbers.
 
-At a layer an operation (pruning or merging) has candidate numbers of kept patches `c_1 > c_2 > ...` and learned logits `a`. With
-`rho = softmax(a)`, tokens sorted by falling importance and the class token at rank 0:
+At a layer an operation (pruning or merging) has candidate numbers of kept patches `c_1 > c_2 > ...` and learned logits `a`.
+With `rho = softmax(a)`, tokens sorted by falling importance and the class token at rank 0:
 
     kept   k    = ceil(sum_g rho_g c_g) + 1                 the number that inference uses
     belief pi_j = sum_g rho_g 1[c_g >= j]                   that the token of rank j is kept: 1 at j = 0, falling with j
@@ -13,15 +13,16 @@ rho_g (1[g = h] - rho_h),
 
     d pi_j / d a_g = rho_g (1[c_g >= j] - pi_j)             and             d k / d a_g := rho_g (c_g - sum_h rho_h c_h),
 
-the second being the first summed over all patches j (sum_j pi_j = E[c]), with the ceiling passed over. So a loss L that sees the
-masks (in attention, `masked.masked_attention`) and the multiply-adds F that see k give
+the second being the first summed over all patches j (sum_j pi_j = E[c]), with the ceiling passed over. So a loss L that
+sees the masks (in attention, `masked.masked_attention`) and the multiply-adds F that see k give
 
     dL/da_g + w dF/da_g = rho_g [ sum_j dL/dm_j (1[c_g >= j] - pi_j) + w dF/dk (c_g - E[c]) ].
 
 A candidate gains where the tokens that it keeps, and the others do not, lower the loss by more than their cost: dL/dm_j is the
-worth of one more token at rank j, for tokens that are masked (they stay in the arrays) and for tokens that are not. Where a layer
-prunes to k_p and merges to k_m, the next gets min(N, k_p, k_m) tokens; the derivative of F with respect to that minimum goes to
-both numbers, so that the one which does not bind keeps its price.
+worth of one more token at rank j, for tokens that are masked (they stay in the arrays) and for tokens that are not. Where a
+layer prunes to k_p and merges to k_m, the next gets min(N, k_p, k_m) tokens; the derivative of F with respect to that minimum
+goes to both numbers, so that the one which does not bind keeps its price (`price="both"`, as published). Un-pruning a token
+that would then merge costs nothing, yet pays that price; `price="binding"` passes it to the number that binds alone.
 
 Shapes: L layers, G candidates, N tokens with the class token, P patches.
 """
@@ -96,19 +97,42 @@ def _least_jvp(primals, tangents):
     return least(*primals), pruned + merged
 
 
+@jax.custom_jvp
+def least_binding(tokens: Array, pruned: Array, merged: Array) -> Array:
+    """`min(tokens, pruned, merged)`, whose derivative goes to the lower of `pruned` and `merged` (to `merged` if equal)."""
+    return least(tokens, pruned, merged)
+
+
+@least_binding.defjvp
+def _least_binding_jvp(primals, tangents):
+    _, pruned, merged = tangents
+    return least(*primals), jnp.where(primals[2] <= primals[1], merged, pruned)
+
+
+PRICES = {"both": least, "binding": least_binding}
+
+
 def token_counts(
-    logits: Float[Array, "L 2 G"], choices: Sequence[int], tokens: int, acting: Sequence[int]
+    logits: Float[Array, "L 2 G"], choices: Sequence[int], tokens: int, acting: Sequence[int], price: str = "both"
 ) -> tuple[Float[Array, ""], ...]:
-    """Tokens after each layer, differentiable; layers that are not in `acting` keep what they get."""
+    """Tokens after each layer, differentiable; layers that are not in `acting` keep what they get.
+
+    Raises:
+      ValueError: an unknown price.
+    """
+    if price not in PRICES:
+        raise ValueError(f"price={price!r} is not one of {tuple(PRICES)}")
     kept = kept_tokens(logits, choices)
     counts, now = [], jnp.float32(tokens)
     for layer in range(logits.shape[0]):
-        now = least(now, kept[layer, PRUNE], kept[layer, MERGE]) if layer in acting else now
+        now = PRICES[price](now, kept[layer, PRUNE], kept[layer, MERGE]) if layer in acting else now
         counts.append(now)
     return tuple(counts)
 
 
-def macs(logits: Float[Array, "L 2 G"], choices: Sequence[int], spec: Any, acting: Sequence[int]) -> Float[Array, ""]:
+def macs(
+    logits: Float[Array, "L 2 G"], choices: Sequence[int], spec: Any, acting: Sequence[int], price: str = "both"
+) -> Float[Array, ""]:
     """Multiply-adds of one image, differentiable.
 
     Args:
@@ -116,12 +140,18 @@ def macs(logits: Float[Array, "L 2 G"], choices: Sequence[int], spec: Any, actin
       choices: of `candidates`.
       spec: an `adaptive.flops.ViTSpec`.
       acting: layers that compress.
+      price: whom the derivative with respect to a layer's tokens goes to; see the head of this module.
     """
-    return sum(spec.macs(counts=token_counts(logits, choices, spec.tokens, acting)).values())
+    return sum(spec.macs(counts=token_counts(logits, choices, spec.tokens, acting, price)).values())
 
 
 def budget_loss(
-    logits: Float[Array, "L 2 G"], choices: Sequence[int], spec: Any, acting: Sequence[int], target: float
+    logits: Float[Array, "L 2 G"],
+    choices: Sequence[int],
+    spec: Any,
+    acting: Sequence[int],
+    target: float,
+    price: str = "both",
 ) -> Float[Array, ""]:
     """`(F / F_dense - target)^2`, with F of `macs` and `target` a share of the dense model.
 
@@ -140,12 +170,10 @@ def budget_loss(
             f"a target of {target} of the dense model's multiply-adds cannot be met: with layers {tuple(acting)} compressing, "
             f"schedules reach {low:.3f} to 1"
         )
-    return (macs(logits, choices, spec, acting) / dense - target) ** 2
+    return (macs(logits, choices, spec, acting, price) / dense - target) ** 2
 
 
-def export(
-    logits: Float[Array, "L 2 G"], choices: Sequence[int], tokens: int, acting: Sequence[int]
-) -> Schedule:
+def export(logits: Float[Array, "L 2 G"], choices: Sequence[int], tokens: int, acting: Sequence[int]) -> Schedule:
     """The learned numbers as static ints: what inference runs, the same numbers that training masked."""
     kept = [[int(number) for number in layer] for layer in kept_tokens(logits, choices)]
     whole = [tokens, tokens]

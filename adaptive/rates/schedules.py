@@ -109,7 +109,8 @@ class Space:
         if not low <= self.budget:
             raise ValueError(
                 f"no schedule meets a budget of {self.budget:.6g} multiply-adds: the smallest, {self.smallest}, needs "
-                f"{low:.6g} and the dense model {high:.6g}. Raise the budget, or lower least={self.least} or first={self.first}."
+                f"{low:.6g} and the dense model {high:.6g}. Raise the budget, or lower "
+                f"least={self.least} or first={self.first}."
             )
 
     @property

@@ -57,8 +57,8 @@ def g_search(space: Space, evaluate: Evaluate, *, tolerance: float) -> Counts:
     Raises:
       ValueError: a negative tolerance.
 
-    Source: Zhao et al. 2024 (arXiv:2412.00556), G-Search, Scenario I. Only the abstract was at hand, so this is a reconstruction
-      of it: counts do not increase with depth, which is what lets all deeper layers share k.
+    Source: Zhao et al. 2024 (arXiv:2412.00556), G-Search, Scenario I. Only the abstract was at hand, so this is a
+      reconstruction: counts do not increase with depth, which is what lets all deeper layers share k.
     Differs: the tolerance is in units of the loss, not a share of an accuracy.
     """
     if tolerance < 0:

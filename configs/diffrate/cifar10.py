@@ -5,7 +5,8 @@
     python -m experiments.train --config=configs/diffrate/cifar10.py:runlocal,data_dir=DIR --workdir=runs/try
     python -m experiments.train --config=configs/diffrate/cifar10.py:rates,target=0.6,data_dir=DIR --workdir=runs/rates
 
-`rates` learns DiffRate's rates for a share `target` of the dense model's MACs: it trains the rates alone, so give it trained
+`rates` learns DiffRate's rates for a share `target` of the dense model's MACs (`price=both` as published, see
+`adaptive.rates.proxy`): it trains the rates alone, so give it trained
 parameters, as `experiments.reproduce --only=diffrate --data cifar10=DIR` does. The data set must have been prepared in
 array_record form, by `tfds.builder("cifar10", file_format="array_record").download_and_prepare()`. The model is sized for one
 CPU core, not for accuracy.
@@ -20,7 +21,7 @@ from experiments.tasks.models import rates_section, reduction_section
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, rates=False, target=0.6, data_dir="", runlocal=False)
+    given = parse_arg(arg, rates=False, target=0.6, price="binding", data_dir="", runlocal=False)
     config = base_config()
     config.task = "rates" if given.rates else "classification"
     config.model = ConfigDict(
@@ -55,14 +56,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.every = 0
     config.checkpoint.every = 500
     if given.rates:
-        config.model.rates = ConfigDict(rates_section(target=given.target))
+        # A first layer that stays whole would be a sixth of so shallow a model.
+        config.model.rates = ConfigDict(rates_section(target=given.target, first=0, price=given.price))
         config.steps = 150
         config.batch_size = 32
-        config.optimizer.update(dict(peak=0.05, end=0.1, warmup=0, weight_decay=0.0))
+        config.optimizer.update(dict(peak=0.08, end=0.1, warmup=0, weight_decay=0.0))
         config.eval.every, config.checkpoint.every = 0, 150
     if given.runlocal:
         config.model.update(dict(width=32, depth=3, heads=2, mlp_dim=64))
-        # Two layers that compress cannot save more than half.
+        # The budget that three layers can meet.
         if given.rates:
             config.model.rates.target = 0.9
         config.steps, config.batch_size, config.eval.every, config.checkpoint.every = 2, 8, 2, 2

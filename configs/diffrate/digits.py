@@ -5,7 +5,8 @@
     python -m experiments.train --config=configs/diffrate/digits.py:runlocal --workdir=runs/try
     python -m experiments.train --config=configs/diffrate/digits.py:rates,target=0.6 --workdir=runs/rates
 
-`rates` learns DiffRate's rates for a share `target` of the dense model's MACs: it trains the rates alone, so give it trained
+`rates` learns DiffRate's rates for a share `target` of the dense model's MACs (`price=both` as published, see
+`adaptive.rates.proxy`): it trains the rates alone, so give it trained
 parameters, as `experiments.reproduce --only=diffrate` does.
 """
 
@@ -18,7 +19,7 @@ from experiments.tasks.models import rates_section, reduction_section
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, rates=False, target=0.6, runlocal=False)
+    given = parse_arg(arg, rates=False, target=0.6, price="binding", runlocal=False)
     config = base_config()
     config.task = "rates" if given.rates else "classification"
     config.model = ConfigDict(
@@ -46,13 +47,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.every = 500
     config.checkpoint.every = 250
     if given.rates:
-        config.model.rates = ConfigDict(rates_section(target=given.target))
+        # A first layer that stays whole would be a sixth of so shallow a model.
+        config.model.rates = ConfigDict(rates_section(target=given.target, first=0, price=given.price))
         config.steps = 150
-        config.optimizer.update(dict(peak=0.05, end=0.1, warmup=0, weight_decay=0.0))
+        config.optimizer.update(dict(peak=0.08, end=0.1, warmup=0, weight_decay=0.0))
         config.eval.every, config.checkpoint.every = 0, 150
     if given.runlocal:
         config.model.update(dict(width=32, depth=3, heads=2, mlp_dim=64))
-        # Two layers that compress cannot save more than half.
+        # The budget that three layers can meet.
         if given.rates:
             config.model.rates.target = 0.9
         config.data.update(dict(examples=64, valid_examples=16, threads=0))

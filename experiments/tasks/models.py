@@ -41,8 +41,8 @@ REDUCTION = {
 LEARNED = {"cropr": Cropr}
 
 # Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two candidates,
-# and the layers at both ends that stay whole.
-RATES = {"target": 0.6, "weight": 100.0, "granularity": 1, "first": 1, "last": 0}
+# the layers at both ends that stay whole, and whom the price of tokens goes to.
+RATES = {"target": 0.6, "weight": 100.0, "granularity": 1, "first": 1, "last": 0, "price": "both"}
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
 NOT_OF_A_SECTION = {
@@ -115,9 +115,7 @@ def reduce_hooks(
     return (Reduce(record.name, counts, tuple(sorted(hyper.items())), settings["place"], layered),)
 
 
-def _counts(
-    settings: Mapping[str, Any], layers: int, tokens: int, protected: int, halving: bool
-) -> tuple[int, ...]:
+def _counts(settings: Mapping[str, Any], layers: int, tokens: int, protected: int, halving: bool) -> tuple[int, ...]:
     """Tokens after each layer: given, or from the tokens to remove."""
     if settings["counts"]:
         return Schedule.of_counts(settings["counts"]).check(layers, tokens).counts

@@ -25,10 +25,12 @@ class LearnRates(Classification):
     Attributes:
       target: share of the dense model's multiply-adds.
       weight: of that loss.
+      price: of tokens; see `adaptive.rates.proxy`.
     """
 
     target: float = RATES["target"]
     weight: float = RATES["weight"]
+    price: str = RATES["price"]
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> LearnRates:
@@ -38,10 +40,12 @@ class LearnRates(Classification):
           ValueError: there is no such section.
         """
         if "rates" not in config.model:
-            raise ValueError("the task rates needs a section config.model.rates (experiments.tasks.models.rates_section)")
+            raise ValueError(
+                "the task rates needs a section config.model.rates (experiments.tasks.models.rates_section)"
+            )
         settings = {**RATES, **config.model.rates}
         model = Classification.from_config(config).model
-        return cls(model, target=settings["target"], weight=settings["weight"])
+        return cls(model, target=settings["target"], weight=settings["weight"], price=settings["price"])
 
     @property
     def hook(self) -> LearnedRates:
@@ -80,7 +84,9 @@ class LearnRates(Classification):
             train=train,
         )
         hook, one = self.hook, jnp.float32(1)
-        budget = proxy.budget_loss(rates["logits"], hook.choices, self.model.spec(), hook.acting, self.target)
+        budget = proxy.budget_loss(
+            rates["logits"], hook.choices, self.model.spec(), hook.acting, self.target, self.price
+        )
         # Microbatches add up, so each carries its part of what does not depend on the batch.
         part = batch["label"].shape[0] / normalizers["examples"]
         metrics |= {"macs_share": (self._share(rates["logits"]), one), "budget_loss": (budget, one)}

@@ -194,6 +194,17 @@ def test_overrides_set_nested_keys() -> None:
     assert apply_overrides(config, {"cap": None}).cap is None
 
 
+def test_a_section_without_keys_takes_any_and_one_with_keys_those_alone() -> None:
+    config = ml_collections.ConfigDict({"hyper": {}, "optimizer": {"peak": 1.0}})
+    apply_overrides(config, {"hyper": {"alive": (3, 2)}})
+    assert config.hyper.alive == (3, 2)
+    apply_overrides(config, {"hyper": {"alive": (4, 1)}})
+    assert config.hyper.alive == (4, 1)
+    for value in ({"peek": 1.0}, {}):
+        with pytest.raises(TypeError, match="of type ConfigDict"):
+            apply_overrides(config, {"optimizer": value})
+
+
 @pytest.mark.parametrize(
     ("key", "hint"),
     [

@@ -4,13 +4,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from adaptive.rates import proxy
 from adaptive.rates.schedules import Schedule
-from layers.hooks import Reduce
 from layers.learned_rates import LearnedRates, as_reduce
 from layers.vit import ViT
 

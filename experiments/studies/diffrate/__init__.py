@@ -20,6 +20,7 @@ _DIGITS = dict(config="diffrate/digits.py")
 _CIFAR = dict(config="diffrate/cifar10.py", folder="cifar10")
 
 # `budgets`: shares of the dense multiply-adds; `search`: at one of them. `batches` of 64 test images are evaluated; 0: all.
+# `repeats` of timed steps; 0 times none.
 SUITES: dict[str, dict[str, Any]] = {
     "headline": dict(
         seeds=(0,),
@@ -42,27 +43,27 @@ SUITES: dict[str, dict[str, Any]] = {
     "quick": dict(
         seeds=(0, 1, 2),
         batches=32,
-        repeats=5,
+        repeats=0,
         sets={
             "digits": dict(
                 **_DIGITS,
                 base={},
                 learn={},
                 tune={"steps": 60, "optimizer.peak": 5e-4, "optimizer.warmup": 5, "eval.every": 0},
-                budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
-                tuned_budgets=(0.6, 0.4),
+                budgets=(0.7, 0.5),
+                tuned_budgets=(),
                 baselines=compare.BASELINES,
-                search=dict(budget=0.5, trials=32, examples=256, methods=compare.SEARCHES),
+                search=dict(budget=0.5, trials=16, examples=128, methods=compare.SEARCHES),
             ),
             "cifar10": dict(
                 **_CIFAR,
                 base={},
                 learn={},
                 tune={"steps": 60, "optimizer.peak": 5e-4, "optimizer.warmup": 5},
-                budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
-                tuned_budgets=(0.6, 0.4),
+                budgets=(0.7, 0.5),
+                tuned_budgets=(),
                 baselines=compare.BASELINES,
-                search=dict(budget=0.5, trials=32, examples=256, methods=compare.SEARCHES),
+                search=dict(budget=0.5, trials=16, examples=128, methods=compare.SEARCHES),
             ),
         },
         shapes=(("B/16", (1, 4)),),

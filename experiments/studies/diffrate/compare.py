@@ -16,7 +16,7 @@ from experiments.studies import plots, tables
 from experiments.studies.diffrate.runs import Runs, Setup
 from layers.learned_rates import as_reduce
 
-BASELINES = ("tome", "evit", "class_attention", "random")
+BASELINES = ("tome", "diffrate", "dpc_knn", "ficoco_v", "evit", "class_attention")
 TUNED = ("tome", "class_attention")
 SEARCHES = search.METHODS
 LEARNED = "diffrate, learned"
@@ -111,8 +111,8 @@ def _report(runs: Runs, plain: list[dict], tuned: list[dict], searched: list[dic
         figure = plots.trade_off([row for row in tuned if row["method"] != "dense"], panels, level=level)
         plots.save(figure, results, f"{name}_tuned")
     title = (
-        f"Schedules at equal multiply-adds on {name}, all of them run by DiffRate's reduction. The searched ones prune and merge "
-        "as many; they were searched on training images, and seeds differ in those."
+        f"Schedules at equal multiply-adds on {name}, all of them run by DiffRate's reduction. The searched ones prune and "
+        "merge as many; they were searched on training images, and seeds differ in those."
     )
     tables.write(results, f"{name}_schedules", title, searched, SEARCH_COLUMNS)
     _equal(runs, plain)

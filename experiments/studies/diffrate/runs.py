@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each data set of the study is run: one dense model, rates learned on it, schedules searched on it, rows of what they give.
+"""How each data set of the study is run: one dense model, rates learned and schedules searched on it, rows of what they give.
 
 Letters: L layers, N tokens with the class token.
 """
@@ -65,11 +65,13 @@ class Runs:
     Attributes:
       context: of the study; name: of the data set, and the folder of its runs.
       settings: `config`, `data` and the overrides `base`, `learn`, `tune`, from the study's suites.
+      objectives: of searches, by seed and number of calibration images, once they are compiled.
     """
 
     context: Context
     name: str
     settings: Mapping[str, Any]
+    objectives: dict[tuple[int, int], search.Objective] = dataclasses.field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def base(self) -> tuple[ConfigDict, TrainResult]:
@@ -99,7 +101,9 @@ class Runs:
 
     def learned(self, budget: float, seed: int) -> tuple[ConfigDict, Setup]:
         """`(config, setup)` of DiffRate's rates, learned for a budget."""
-        config = self._config(f"rates,target={budget}", {**self.settings["base"], **self.settings["learn"], "seed": seed})
+        config = self._config(
+            f"rates,target={budget}", {**self.settings["base"], **self.settings["learn"], "seed": seed}
+        )
         params = graft(config, self.base[1].state.params)
         result = self.context.train(f"{self.name}/rates-{budget:g}-seed{seed}", config, params=params)
         task: LearnRates = tasks.build(config)
@@ -110,22 +114,30 @@ class Runs:
         """A schedule of pruning and merging."""
         return Setup("diffrate", schedule.merge, schedule.prune, label, budget)
 
-    def searched(self, method: str, budget: float, seed: int, trials: int, examples: int) -> tuple[Setup, dict[str, Any]]:
+    def searched(
+        self, method: str, budget: float, seed: int, trials: int, examples: int
+    ) -> tuple[Setup, dict[str, Any]]:
         """`(setup, facts)` of a search on calibration images of the training split."""
-        config, result = self.base
-        path = self.context.runs / self.name / "searches.jsonl"
+        objective = self._objective(seed, examples)
+        before = objective.evaluations
         with Progress(trials, label=f"{self.name} {method} seed {seed}", min_seconds=5.0) as progress:
-            objective = search.Objective(
+            objective.watch(progress)
+            counts = search.run(method, self.space(budget, first=0), objective, trials=trials, seed=seed)
+        facts = {"calibration_loss": objective(counts), "evaluations": objective.evaluations - before}
+        return self.joint(objective.schedule(counts), method, budget), facts
+
+    def _objective(self, seed: int, examples: int) -> search.Objective:
+        """The objective of one calibration set, compiled once for all searches on it."""
+        if (seed, examples) not in self.objectives:
+            config, result = self.base
+            self.objectives[seed, examples] = search.Objective(
                 self.model,
                 result.state.params,
                 search.calibration(config, examples=examples, seed=seed),
-                path=path,
+                path=self.context.runs / self.name / "searches.jsonl",
                 identity=search.identity_of(config, result.step, examples, seed),
-                progress=progress,
             )
-            counts = search.run(method, self.space(budget), objective, trials=trials, seed=seed)
-        facts = {"calibration_loss": objective(counts), "evaluations": objective.evaluations}
-        return self.joint(objective.schedule(counts), method, budget), facts
+        return self.objectives[seed, examples]
 
     def tuned(self, setup: Setup, seed: int) -> tuple[ConfigDict, TrainResult, str]:
         """`(config, result, run)` of the model trained on for a short time under a schedule."""
@@ -170,7 +182,8 @@ class Runs:
         task = tasks.build(changed)
         dataset = data.build(changed.data, split="test", batch_size=EVALUATION_BATCH, seed=0)
         program = train.build_program(changed, task, dataset.spec)
-        sizes = dict(batches=self.context.settings["batches"] or None, repeats=self.context.settings["repeats"])
+        repeats = self.context.settings["repeats"]
+        sizes = dict(batches=self.context.settings["batches"] or None, speed=bool(repeats), repeats=repeats)
         found = assess(program, task, result.state.params, {}, dataset, **sizes)
         counts = setup.counts or (self.model.num_tokens,) * self.model.depth
         return {
@@ -187,8 +200,8 @@ class Runs:
             "prune": list(setup.prune or counts),
             "implied": found["implied"],
             # The dense row is compared with itself, which only measures noise.
-            "realised": found["realised"] if setup.method else 1.0,
-            "milliseconds": found["milliseconds"],
+            "realised": found.get("realised") if setup.method else 1.0,
+            "milliseconds": found.get("milliseconds"),
             "command": self.context.evaluate_command(run, "test", overrides),
             **more,
         }

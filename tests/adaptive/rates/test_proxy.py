@@ -108,6 +108,18 @@ def test_the_minimum_prices_both_numbers_and_not_what_comes_in():
     np.testing.assert_array_equal(gradient[0], 0)
 
 
+def test_a_binding_price_goes_to_the_lower_number_alone():
+    for numbers, want in (((9, 5, 7), (0, 1, 0)), ((9, 7, 5), (0, 0, 1)), ((9, 6, 6), (0, 0, 1))):
+        tokens, pruned, merged = map(jnp.float32, numbers)
+        value, grads = jax.value_and_grad(proxy.least_binding, argnums=(0, 1, 2))(tokens, pruned, merged)
+        assert value == min(numbers) and tuple(map(float, grads)) == want
+    logits = _logits(3, 2, 8)
+    same = [proxy.macs(logits, CHOICES, SPEC, (1, 2), price) for price in proxy.PRICES]
+    assert same[0] == same[1]
+    with pytest.raises(ValueError, match="price='none' is not one of"):
+        proxy.macs(logits, CHOICES, SPEC, (1, 2), "none")
+
+
 def test_macs_are_those_of_the_exported_schedule():
     logits = _logits(3, 2, 8, seed=2)
     schedule = proxy.export(logits, CHOICES, SPEC.tokens, (1, 2))

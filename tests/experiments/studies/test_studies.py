@@ -47,7 +47,7 @@ TINY = {**SMALL, **VIT, "model.depth": 3, "eval.every": 0, "data.valid_examples"
 SETTINGS["diffrate"] = dict(
     seeds=(0,),
     batches=1,
-    repeats=1,
+    repeats=0,
     sets={
         "digits": dict(
             config="diffrate/digits.py",
@@ -57,17 +57,17 @@ SETTINGS["diffrate"] = dict(
             budgets=(0.8,),
             tuned_budgets=(0.8,),
             baselines=("tome",),
-            search=dict(budget=0.8, trials=2, examples=64, methods=("uniform", "evopress")),
+            search=dict(budget=0.8, trials=2, examples=64, methods=("evopress",)),
         ),
         "cifar10": dict(folder="cifar10"),
     },
     shapes=(),
 )
 PICTURES = {"tome": "patches", "mrt5": "bytes", "diffrate": "digits_regions"}
-FIRST_TABLE = {"tome": "table", "mrt5": "table", "diffrate": "digits_plain"}
+TABLES = {"tome": ("table", "trade_off"), "mrt5": ("table", "trade_off"), "diffrate": ("digits_plain", "digits_plain")}
 
 
-@pytest.mark.parametrize("name", ["tome", "mrt5"])
+@pytest.mark.parametrize("name", ["tome", "mrt5", "diffrate"])
 def test_a_study_makes_tables_plots_and_pictures_and_continues(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tome, "METHODS", ("tome", "random"))
     for part in (mrt5.trade_off, mrt5.deletions):
@@ -76,12 +76,14 @@ def test_a_study_makes_tables_plots_and_pictures_and_continues(name, tmp_path, m
     results = epath.Path(tmp_path) / "results"
     context = Context(name, "test", SETTINGS[name], results, epath.Path(tmp_path) / "runs", said.append)
     STUDIES[name].run(context)
-    for file in ("table.md", "table.tex", "table.csv", "table_summary.md", "trade_off.png", "trade_off.pdf"):
+    table, plot = TABLES[name]
+    kinds = [f"{table}{end}" for end in (".md", ".tex", ".csv", "_summary.md")]
+    for file in (*kinds, f"{plot}.png", f"{plot}.pdf"):
         assert (results / file).stat().length > 100
     assert (results / f"{PICTURES[name]}.png").exists()
     first = (results / "rows.jsonl").read_text()
     rows = [json.loads(line) for line in first.splitlines()]
-    assert len(rows) == {"tome": 5, "mrt5": 4}[name]
+    assert len(rows) == {"tome": 5, "mrt5": 4, "diffrate": 7}[name]
     for row in rows:
         assert row["command"].startswith("python -m experiments.evaluate --workdir=")
         assert {"config_hash", "seed", "device", "versions", "revision", "implied", "realised"} <= set(row)

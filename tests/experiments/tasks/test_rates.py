@@ -94,7 +94,7 @@ def test_mistakes_in_the_section_are_refused():
         build(**{"model.rates.granularity": 1_000}).hook.choices  # noqa: B018
     dense = config_lib.load("configs/diffrate/digits.py:runlocal")
     dense.task = "rates"
-    with pytest.raises(ValueError, match="needs a section config.model.rates"):
+    with pytest.raises(ValueError, match=r"needs a section config\.model\.rates"):
         tasks.build(dense)
 
 

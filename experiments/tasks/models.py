@@ -140,7 +140,7 @@ def build_decoder(section: Mapping[str, Any], *, dtype: str) -> DecoderLM:
       ValueError: unknown keys, and what those refuse.
     """
     parts = {"rotary_scaling": Llama3Scaling, "routing": MixtureOfDepths, "skip": SkipSchedule}
-    attributes = _attributes(DecoderLM, section, ("losses", "exit_losses", *parts))
+    attributes = _attributes(DecoderLM, section, ("losses", "exit_losses", "skip_training", *parts))
     built = {name: _part(name, kind, dict(section.get(name, {}))) for name, kind in parts.items()}
     attributes |= dict(rotary_scaling=built["rotary_scaling"], routing=built["routing"], policy=built["skip"])
     return DecoderLM(**attributes, dtype=jnp.dtype(dtype))

@@ -155,7 +155,11 @@ class LanguageModelling:
         return extra
 
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
-        """Cross-entropy, bits a token (bits per byte, where tokens are bytes), accuracy, and tokens that a layer runs for."""
+        """Cross-entropy, bits a token (bits per byte, where tokens are bytes), accuracy, and tokens that a layer runs for.
+
+        Of routed blocks also how often the predictor agrees with the top-k. Their quality in decoding is that of
+        `model.routing.choice="predictor"`.
+        """
         del extra
         logits, aux = self.model.apply({"params": params}, batch["input_ids"], active=self._active())
         losses, mask = token_losses(logits, batch["labels"])
@@ -163,11 +167,14 @@ class LanguageModelling:
         total, count = jnp.sum(losses * weight), jnp.sum(mask * weight)
         right = (jnp.argmax(logits, axis=-1) == batch["labels"]) * mask
         tokens = jnp.mean(aux["tokens"].astype(jnp.float32), axis=0)
+        agreed = [own["predictor_accuracy"] for own in aux["feed_forward"] if "predictor_accuracy" in own]
+        predictor = tuple(jnp.sum(sum(own) * batch["weight"]) for own in zip(*agreed, strict=True))
         return {
             "cross_entropy": (total, count),
             "bits_per_byte": (_LOG2E * total, count),
             "token_accuracy": (jnp.sum(right * weight), count),
             "tokens_a_layer": (jnp.sum(tokens * batch["weight"]), jnp.sum(batch["weight"])),
+            **({"predictor_accuracy": predictor} if agreed else {}),
         }
 
     def _active(self) -> Any:

@@ -71,6 +71,12 @@ def test_a_routed_model_counts_the_tokens_that_ran_and_pays_for_its_predictor():
     np.testing.assert_allclose(value - plain, metrics["router"][0] / 28, rtol=1e-5)
     found = {name: float(total / count) for name, (total, count) in task.eval_step(params, BATCH, extra={}).items()}
     assert found["tokens_a_layer"] == (16 + 4) / 2
+    states = task.model.apply({"params": params}, BATCH["input_ids"], output_hidden_states=True)[1]["hidden_states"]
+    own, x = jax.tree.map(np.asarray, params["block_1"]), np.asarray(states[1])
+    y = x @ own["predictor"]["hidden"]["kernel"]
+    scores = (y / (1 + np.exp(-y)) @ own["predictor"]["out"]["kernel"])[..., 0]
+    best = np.argsort(np.argsort(-(x @ own["router"]["kernel"])[..., 0])) < 4
+    assert found["predictor_accuracy"] == np.mean((scores > 0) == best)
     count, dense = task.count(found), task.dense().count(found)
     np.testing.assert_allclose(count.blocks["mlp"], dense.blocks["mlp"] * (1 + 0.25) / 2)
     assert task.dense().eval_step(params, BATCH, extra={})["tokens_a_layer"][0] == 32

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from adaptive.depth.skip_decode import counts_for_speedup
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.models import routing_section
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -39,9 +40,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             tie_embeddings=True,
             exit_losses=given.exit_losses,
             exit_classifier=given.exit_losses == "classifier",
-            routing=dict(share=given.share, every=2) if given.share else {},
+            routing=routing_section(share=given.share),
             losses=dict(router=1.0) if given.share else {},
-            skip={},
+            skip=dict(counts=(), bottom=1),
             skip_training=bool(given.skip),
         )
     )
@@ -64,5 +65,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optimizer.warmup = 1
     if given.skip:
         counts = counts_for_speedup(config.model.depth, given.skip, horizon=config.data.length)
-        config.model.skip = ConfigDict(dict(counts=counts, bottom=1))
+        config.model.skip.counts = counts
     return config

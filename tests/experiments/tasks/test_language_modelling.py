@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused():
     config.model.skip = {"counts": (1, 2)}
     with pytest.raises(ValueError, match="must not rise"):
         tasks.build(config)
-    config.model.skip = {"layers": (1, 2)}
+    config.model.skip = {"counts": (2, 1), "layers": (1, 2)}
     with pytest.raises(ValueError, match=r"config\.model\.skip\.layers does not exist"):
         tasks.build(config)
     config = text.get_config("runlocal")

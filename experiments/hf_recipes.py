@@ -96,7 +96,7 @@ class LanguageModellingRecipe:
 
     task = "language_modelling"
     kept = ("remat",)
-    subsections = ("losses", "exit_losses", "skip")
+    subsections = ("losses", "exit_losses", "skip", "skip_training")
 
     def default(self) -> ConfigDict:
         """Prediction of each of 256 bytes of Python's standard library."""
@@ -120,7 +120,7 @@ class LanguageModellingRecipe:
         """The model section that `experiments.tasks.models.build_decoder` makes the module from."""
         section = {name: value for name, value in _fields(module).items() if value is not None}
         section["rotary_scaling"] = dataclasses.asdict(module.rotary_scaling) if module.rotary_scaling else {}
-        tasks_own = {"losses": {}, "exit_losses": "", "skip": {}}
+        tasks_own = {"losses": {}, "exit_losses": "", "skip": {"counts": (), "bottom": 1}, "skip_training": False}
         return ConfigDict({**section, **{name: model.get(name, value) for name, value in tasks_own.items()}})
 
     def fit_data(self, settings: ConfigDict, module: DecoderLM, directory: str | os.PathLike[str]) -> None:

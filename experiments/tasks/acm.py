@@ -242,7 +242,8 @@ class Acm:
 
     def start(self, params: Any, key: Any) -> Any:
         """The parameters with fresh learners and gates, from those of the dense model."""
-        return acmize(params, self.parts, key, where=self.where, start=self.settings["start"])
+        options = {"where": self.where, "start": self.settings["start"]}
+        return jax.jit(lambda params, key: acmize(params, self.parts, key, **options))(params, key)
 
     def distillation(self, teacher: Any) -> Distillation:
         """Phase 1 from this dense model."""

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from adaptive import flops
+from adaptive import flops, relaxations
 from adaptive.width import acm
 from experiments import parallel
 from experiments.tasks.models import check_keys
@@ -37,6 +37,8 @@ SECTION = {
     "start": "random",
     "target": 0.5,
     "budget_weight": 0.1,
+    # Whose cost the budget is: "drawn", of the choices drawn in training (the paper's), or "argmax", of those of inference.
+    "budget_on": "drawn",
     "entropy_weight": 0.05,
     "diversity_weight": 0.05,
     # "task", or "distillation": Kullback-Leibler divergence from a teacher's predictions, which a caller gives.
@@ -108,6 +110,8 @@ class Acm:
             raise ValueError(f"model.acm.task is {settings['task']!r}; one of {', '.join(WHERE)}")
         if settings["loss"] not in ("task", "distillation"):
             raise ValueError(f"model.acm.loss is {settings['loss']!r}; one of task, distillation")
+        if settings["budget_on"] not in ("drawn", "argmax"):
+            raise ValueError(f"model.acm.budget_on is {settings['budget_on']!r}; one of drawn, argmax")
         acm.check_target(settings["target"])
         inner = config.copy_and_resolve_references()
         with inner.unlocked():
@@ -179,7 +183,9 @@ class Acm:
         found = self.modules(batch)
         chosen = _chosen(calls, found)
         weight = _real(batch, chosen[0])
-        share = acm.spent(chosen, [module.learner for module in found], weight)
+        costs = [module.learner for module in found]
+        counted = chosen if self.settings["budget_on"] == "drawn" else self._argmax(params, calls, found)
+        share = acm.spent(counted, costs, weight)
         terms = {
             "budget": acm.budget_loss(share, extra["target"]),
             "entropy": acm.entropy_loss(chosen, weight, least=[module.least for module in found]),
@@ -275,6 +281,16 @@ class Acm:
         else:
             parts = dataclasses.replace(self.parts, mode=mode)
         return dataclasses.replace(self.inner, model=self.inner.model.clone(parts=parts))
+
+    def _argmax(self, params: Any, calls: Mapping[str, Any], found: Any) -> list[Any]:
+        """Units `[B, N, K]` that inference would run, with the gradient of the soft choice."""
+        chosen = []
+        for module in found:
+            given = calls[f"{module.path}/learners/gate"].given
+            logits = gate_logits(params, module, self.parts, given)
+            soft = jax.nn.softmax(logits / self.parts.temperature)
+            chosen.append(acm.units(relaxations.straight_through(acm.choose(logits), soft), self.parts.learners))
+        return chosen
 
     def _distance(self, logits: Any, batch: Any, extra: Any, options: Mapping[str, Any]) -> Any:
         """Mean divergence of the predictions from the teacher's, over examples and targets."""

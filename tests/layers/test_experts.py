@@ -45,7 +45,7 @@ def test_second_experts_are_pruned_by_ratio():
 
 def test_a_token_that_is_switched_off_gets_nothing_and_groups_are_shared_by_the_example():
     layer = DynamicParts(groups=4).mlp(32)
-    params = params_of(layer, seed=1)
+    params = params_of(layer, seed=6)
     params["router"]["token_out"]["bias"] = np.zeros(1, np.float32)
     with captured(lambda module: module.name == "router") as calls:
         out = np.asarray(layer.apply({"params": params}, X))

@@ -126,7 +126,7 @@ class Acm:
     @property
     def model(self) -> Any:
         """The model with learners, as it is evaluated."""
-        return self._with("skip").model
+        return self.within("skip").model
 
     @property
     def tokens_per_example(self) -> int:
@@ -140,7 +140,7 @@ class Acm:
 
     def init(self, rng: Any, batch: Any) -> Any:
         """Boxed variables of the model with learners, all drawn anew."""
-        return self._with("masked").init(rng, batch)
+        return self.within("masked").init(rng, batch)
 
     def init_extra(self) -> dict[str, Any]:
         """The target, and the teacher's parameters where there is one: arguments of the compiled step, kept in checkpoints."""
@@ -172,7 +172,7 @@ class Acm:
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
         """The loss of phase 3 and metrics. With microbatches the budget is that of each, as the others are means over them."""
-        task = self._with("sample" if train else "masked")
+        task = self.within("sample" if train else "masked")
         with captured(_gates_and_model) as calls:
             options = {"rng": rng, "step": step, "normalizers": normalizers, "train": train}
             loss, metrics = task.loss(params, batch, extra={}, **options)
@@ -214,7 +214,7 @@ class Acm:
 
     def _evaluate(self, params: Any, batch: Any) -> dict[str, Any]:
         with captured(_gates_and_model) as calls:
-            metrics = self._with("skip").eval_step(params, batch, extra={})
+            metrics = self.within("skip").eval_step(params, batch, extra={})
         found, examples = self.modules(batch), jnp.sum(batch["weight"])
         if self.settings["uniform"]:
             used = {module.path: max(self.settings["uniform"], module.least) for module in found}
@@ -274,8 +274,8 @@ class Acm:
             for path, m in found.items()
         }
 
-    def _with(self, mode: str) -> Any:
-        """The wrapped task on the model with learners."""
+    def within(self, mode: str) -> Any:
+        """The wrapped task on the model with learners, in a mode of `layers.acm.MODES`."""
         if self.settings["uniform"]:
             parts = dataclasses.replace(self.parts, mode="uniform", number=self.settings["uniform"])
         else:

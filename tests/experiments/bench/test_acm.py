@@ -19,5 +19,6 @@ def test_it_prints_rows_whose_gates_give_the_asked_share(monkeypatch, capsys):
         assert row["realised"] > 0
         for used in row["learners_used"].values():
             assert used == pytest.approx(2.0, abs=0.15)
-    # Half of the learners of a layer; gates cost something.
-    assert 1.5 < rows[0]["implied"] < 2.0
+    gate, learner = 32 * 16 + 16 * 16 + 16 * 5, 2 * 32 * 16
+    want = 2 * 32 * 64 / (gate + learner * rows[0]["learners_used"]["mlp"])
+    assert rows[0]["implied"] == pytest.approx(want, rel=1e-3)

@@ -38,7 +38,13 @@ def test_it_makes_tables_plots_and_pictures_and_continues(tmp_path):
     results = epath.Path(tmp_path) / "results"
     context = Context("acm", "test", SETTINGS, results, epath.Path(tmp_path) / "runs", lambda text: None)
     acm.run(context)
-    for file in ("table.md", "table_summary.md", "images_equal_compute.md", "images_budgets.md", "images_trade_off.png"):
+    for file in (
+        "table.md",
+        "table_summary.md",
+        "images_equal_compute.md",
+        "images_budgets.md",
+        "images_trade_off.png",
+    ):
         assert (results / file).stat().length > 100
     for picture in ("images_learners", "images_tokens"):
         assert (results / f"{picture}.png").exists()

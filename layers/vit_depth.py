@@ -46,8 +46,8 @@ class HaltingViT(ViT):
         out, counts, scores = jnp.zeros_like(tokens.features), [], []
         for layer in range(self.depth):
             running = state.running
-            # The last token to halt is kept as a key, so that no query is left without any.
-            seen = running.at[:, 0].set(True)
+            # Where all have halted slot 0 stays a key, so that softmax has one; what it gives is masked.
+            seen = running.at[:, 0].max(~jnp.any(running, axis=-1))
             inputs = tokens.replace(
                 features=jnp.where(running[..., None], tokens.features, 0), mass=jnp.where(seen, 1.0, 0.0)
             )

@@ -46,15 +46,15 @@ def dydit(tokens: TokenSet, signals: Signals, *, temperature: float = 5.0) -> Fl
     return jnp.where(tokens.valid[..., None], chosen, 0.0)
 
 
-def compute_loss(share: Float[Array, ""] | Array, target: float) -> Array:
+def compute_loss(share: Float[Array, ""] | Array, target: float | Array) -> Array:
     """Squared distance of the realised share of compute from the target.
 
     Raises:
-      ValueError: a target outside (0, 1].
+      ValueError: a Python target outside (0, 1] (a traced one cannot be checked).
 
     Source: Zhao et al. 2025, the loss on FLOPs.
     """
-    if not 0 < target <= 1:
+    if isinstance(target, (int, float)) and not 0 < target <= 1:
         raise ValueError(f"the target must lie in (0, 1], a share of the static model's compute; got {target}")
     return jnp.square(jnp.mean(share) - target)
 

@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 learners=given.learners,
                 gate_hidden=(16,),
                 target=given.target,
+                budget_on="argmax",
                 phases=dict(
                     dense_steps=20_000, dense_peak=1e-3, dense_warmup=1_000, distill_steps=1_000, gate_steps=300
                 ),

@@ -21,7 +21,7 @@ from flax.core import meta
 from experiments import measure
 from experiments.bench.mrt5 import floats
 from experiments.bench.tome import integers
-from layers.acm import AcmParts, Module, gate_logits, learners_of, modules
+from layers.acm import AcmParts, Module, gate_logits, modules
 from layers.parts import Parts
 from layers.vit import SHAPES
 
@@ -112,13 +112,10 @@ def _row(options: argparse.Namespace, batch: int, share: float, part: str, names
 
 
 def _as_block(params: Any) -> dict[str, Any]:
-    """The dense parameters under the names that they have in a model."""
-    projections = {name: value for name, value in params.items() if name != "mlp"}
-    return (
-        {"mlp": params["mlp"]}
-        if not projections
-        else {"attention": projections} | {name: value for name, value in params.items() if name == "mlp"}
-    )
+    """The parameters of `Layers` under the names that they have in a block."""
+    attention = {name: value for name, value in params.items() if name != "mlp"}
+    rest = {name: value for name, value in params.items() if name == "mlp"}
+    return {"attention": attention} | rest if attention else rest
 
 
 def _with_share(
@@ -129,27 +126,17 @@ def _with_share(
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     for module in found:
         name = module.path.split("/")[-1]
-        own = {module.path: {"learners": params[name]["learners"]}}
-        flat = Module(**{**module.__dict__, "path": module.path})
-        tree = _nested(module.path, own[module.path])
-        logits = np.asarray(gate_logits(tree, flat, parts, rows))
+        logits = np.asarray(gate_logits(_as_block(params), module, parts, rows))
         # Random gates barely tell tokens apart; trained ones do.
         scale = 1 / max(float(logits.std()), 1e-9)
-        slope, mean = _slope(scale * (logits - logits.mean(axis=0)), module.least, share * parts.learners)
-        gate = dict(learners_of(tree, module)["gate"])
+        slope, used[name] = _slope(scale * (logits - logits.mean(axis=0)), module.least, share * parts.learners)
+        gate = dict(params[name]["learners"]["gate"])
         last = f"layer_{len(parts.gate_hidden)}"
-        kernel, bias = scale * gate[last]["kernel"], gate[last]["bias"]
-        shift = -scale * logits.mean(axis=0) + slope * np.arange(logits.shape[1])
-        gate[last] = {"kernel": kernel, "bias": scale * bias + shift.astype(np.float32)}
+        shift = slope * np.arange(logits.shape[1]) - scale * logits.mean(axis=0)
+        bias = scale * gate[last]["bias"] + shift.astype(np.float32)
+        gate[last] = {"kernel": scale * gate[last]["kernel"], "bias": bias}
         params[name] = {"learners": {**params[name]["learners"], "gate": gate}}
-        used[name] = mean
     return params, used
-
-
-def _nested(path: str, leaf: Any) -> Any:
-    for part in reversed(path.split("/")):
-        leaf = {part: leaf}
-    return leaf
 
 
 def _slope(logits: np.ndarray, least: int, wanted: float) -> tuple[float, float]:

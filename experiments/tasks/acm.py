@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from adaptive import flops
+from adaptive import flops, relaxations
 from adaptive.width import acm
 from experiments import parallel
 from experiments.tasks.models import check_keys
@@ -37,6 +37,8 @@ SECTION = {
     "start": "random",
     "target": 0.5,
     "budget_weight": 0.1,
+    # Whose cost the budget is: "drawn", of the choices drawn in training (the paper's), or "argmax", of those of inference.
+    "budget_on": "drawn",
     "entropy_weight": 0.05,
     "diversity_weight": 0.05,
     # "task", or "distillation": Kullback-Leibler divergence from a teacher's predictions, which a caller gives.
@@ -108,6 +110,8 @@ class Acm:
             raise ValueError(f"model.acm.task is {settings['task']!r}; one of {', '.join(WHERE)}")
         if settings["loss"] not in ("task", "distillation"):
             raise ValueError(f"model.acm.loss is {settings['loss']!r}; one of task, distillation")
+        if settings["budget_on"] not in ("drawn", "argmax"):
+            raise ValueError(f"model.acm.budget_on is {settings['budget_on']!r}; one of drawn, argmax")
         acm.check_target(settings["target"])
         inner = config.copy_and_resolve_references()
         with inner.unlocked():
@@ -122,7 +126,7 @@ class Acm:
     @property
     def model(self) -> Any:
         """The model with learners, as it is evaluated."""
-        return self._with("skip").model
+        return self.within("skip").model
 
     @property
     def tokens_per_example(self) -> int:
@@ -136,7 +140,7 @@ class Acm:
 
     def init(self, rng: Any, batch: Any) -> Any:
         """Boxed variables of the model with learners, all drawn anew."""
-        return self._with("masked").init(rng, batch)
+        return self.within("masked").init(rng, batch)
 
     def init_extra(self) -> dict[str, Any]:
         """The target, and the teacher's parameters where there is one: arguments of the compiled step, kept in checkpoints."""
@@ -168,7 +172,7 @@ class Acm:
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
     ) -> tuple[Any, dict[str, Any]]:
         """The loss of phase 3 and metrics. With microbatches the budget is that of each, as the others are means over them."""
-        task = self._with("sample" if train else "masked")
+        task = self.within("sample" if train else "masked")
         with captured(_gates_and_model) as calls:
             options = {"rng": rng, "step": step, "normalizers": normalizers, "train": train}
             loss, metrics = task.loss(params, batch, extra={}, **options)
@@ -179,7 +183,9 @@ class Acm:
         found = self.modules(batch)
         chosen = _chosen(calls, found)
         weight = _real(batch, chosen[0])
-        share = acm.spent(chosen, [module.learner for module in found], weight)
+        costs = [module.learner for module in found]
+        counted = chosen if self.settings["budget_on"] == "drawn" else self._argmax(params, calls, found)
+        share = acm.spent(counted, costs, weight)
         terms = {
             "budget": acm.budget_loss(share, extra["target"]),
             "entropy": acm.entropy_loss(chosen, weight, least=[module.least for module in found]),
@@ -208,7 +214,7 @@ class Acm:
 
     def _evaluate(self, params: Any, batch: Any) -> dict[str, Any]:
         with captured(_gates_and_model) as calls:
-            metrics = self._with("skip").eval_step(params, batch, extra={})
+            metrics = self.within("skip").eval_step(params, batch, extra={})
         found, examples = self.modules(batch), jnp.sum(batch["weight"])
         if self.settings["uniform"]:
             used = {module.path: max(self.settings["uniform"], module.least) for module in found}
@@ -242,7 +248,8 @@ class Acm:
 
     def start(self, params: Any, key: Any) -> Any:
         """The parameters with fresh learners and gates, from those of the dense model."""
-        return acmize(params, self.parts, key, where=self.where, start=self.settings["start"])
+        options = {"where": self.where, "start": self.settings["start"]}
+        return jax.jit(lambda params, key: acmize(params, self.parts, key, **options))(params, key)
 
     def distillation(self, teacher: Any) -> Distillation:
         """Phase 1 from this dense model."""
@@ -267,13 +274,23 @@ class Acm:
             for path, m in found.items()
         }
 
-    def _with(self, mode: str) -> Any:
-        """The wrapped task on the model with learners."""
+    def within(self, mode: str) -> Any:
+        """The wrapped task on the model with learners, in a mode of `layers.acm.MODES`."""
         if self.settings["uniform"]:
             parts = dataclasses.replace(self.parts, mode="uniform", number=self.settings["uniform"])
         else:
             parts = dataclasses.replace(self.parts, mode=mode)
         return dataclasses.replace(self.inner, model=self.inner.model.clone(parts=parts))
+
+    def _argmax(self, params: Any, calls: Mapping[str, Any], found: Any) -> list[Any]:
+        """Units `[B, N, K]` that inference would run, with the gradient of the soft choice."""
+        chosen = []
+        for module in found:
+            given = calls[f"{module.path}/learners/gate"].given
+            logits = gate_logits(params, module, self.parts, given)
+            soft = jax.nn.softmax(logits / self.parts.temperature)
+            chosen.append(acm.units(relaxations.straight_through(acm.choose(logits), soft), self.parts.learners))
+        return chosen
 
     def _distance(self, logits: Any, batch: Any, extra: Any, options: Mapping[str, Any]) -> Any:
         """Mean divergence of the predictions from the teacher's, over examples and targets."""

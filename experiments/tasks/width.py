@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from adaptive import flops
 from adaptive.width import dynamic, moefication
@@ -69,7 +70,7 @@ class DynamicWidth(Grouped):
         share = sum(jnp.mean(call.result) for call in calls.values()) / len(calls)
         target = dynamic.ramp(step, self.target, self.warmup)
         examples = jnp.float32(batch["label"].shape[0])
-        own = 2 * dynamic.compute_loss(share, self.target) if not train else 2 * jnp.square(share - target)
+        own = 2 * dynamic.compute_loss(share, target)
         return loss + own * examples / normalizers["examples"], metrics | {"share": (share * examples, examples)}
 
 
@@ -129,8 +130,6 @@ def with_routers(params: Any, task: Grouped, key: Any, batch: Any) -> Any:
 
 
 def _unboxed(task: Any, key: Any, batch: Any) -> Any:
-    from flax.core import meta
-
     return meta.unbox(task.init(key, batch))["params"]
 
 

@@ -20,6 +20,7 @@ DELETIONS = registry.names("deletion")
 CHUNKINGS = registry.names("chunking")
 DEPTHS = registry.names("depth")
 SKIPPINGS = registry.names("skipping")
+WIDTHS = registry.names("width")
 # identity ignores its budget by design.
 SHRINKING = tuple(name for name in REDUCTIONS if name != "identity")
 
@@ -196,7 +197,8 @@ def test_a_threshold_keeps_within_its_cap(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in (*REDUCTIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS) if registry.describe(name).signals]
+    "name",
+    [name for name in (*REDUCTIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS, *WIDTHS) if registry.describe(name).signals],
 )
 def test_a_missing_signal_is_named(name):
     signal = registry.describe(name).signals[0]
@@ -212,14 +214,14 @@ def test_a_budget_that_does_not_fit_is_an_error(name, budget):
         registry.get(name)(make_tokens(), make_signals(name), budget)
 
 
-@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS))
+@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS, *WIDTHS))
 def test_an_unknown_hyper_parameter_is_an_error(name):
     budget = (8,) if name in REDUCTIONS else ()
     with pytest.raises(TypeError, match="has no hyper-parameter"):
         registry.get(name)(make_tokens(), make_signals(name), *budget, no_such_thing=1)
 
 
-@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS))
+@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS, *WIDTHS))
 def test_the_record_is_complete(name):
     record = registry.describe(name)
     assert record.kind in registry.KINDS
@@ -385,6 +387,51 @@ def test_layers_of_a_token_depend_on_no_other_row_nor_on_what_padding_holds(name
 
 @pytest.mark.parametrize("name", (*DEPTHS, *SKIPPINGS))
 def test_new_values_do_not_recompile_layers(name):
+    traces = []
+
+    @jax.jit
+    def step(tokens, signals):
+        traces.append(name)
+        return registry.get(name)(tokens, signals)
+
+    for seed in (1, 2):
+        step(make_tokens(seed=seed), make_signals(name, seed=seed))
+    assert len(traces) == 1
+
+
+@functools.cache
+def units_of(name):
+    return jax.jit(registry.get(name))
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_units_are_0_or_1_and_none_run_in_padding(name):
+    tokens = make_tokens(lengths=(12, 9, 1))
+    units = np.asarray(units_of(name)(tokens, make_signals(name, cls_token=False)))
+    assert units.dtype == np.float32 and units.shape[:2] == (BATCH, LENGTH) and units.shape[2] > 1
+    assert set(np.unique(units)) == {0.0, 1.0}
+    assert not units[~np.asarray(tokens.valid)].any()
+    # Tokens differ in what they run, or in how much.
+    assert len(np.unique(units[0], axis=0)) > 1
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_units_of_a_token_depend_on_no_other_row_nor_on_what_padding_holds(name):
+    tokens, signals = make_tokens(lengths=(12, 9, 7)), make_signals(name, cls_token=False)
+    whole = units_of(name)(tokens, signals)
+    for row in range(BATCH):
+        alone = units_of(name)(*jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (tokens, signals)))
+        np.testing.assert_array_equal(alone[0], whole[row])
+
+    def junk(leaf):
+        return jnp.where(tokens.valid.reshape(BATCH, LENGTH, *(1,) * (leaf.ndim - 2)), leaf, 7)
+
+    dirty = tokens.replace(features=junk(tokens.features))
+    np.testing.assert_array_equal(units_of(name)(dirty, jax.tree.map(junk, signals)), whole)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_new_values_do_not_recompile_units(name):
     traces = []
 
     @jax.jit

@@ -17,7 +17,7 @@ _SHORT = {"dense_steps": 1_000, "distill_steps": 250, "gate_steps": 50}
 _IMAGES = {
     "config": "acm/digits.py",
     "overrides": {
-        "steps": 250,
+        "steps": 300,
         "optimizer.warmup": 20,
         "data.image_size": 32,
         **{f"model.acm.phases.{k}": v for k, v in _SHORT.items()},
@@ -49,7 +49,7 @@ _CIFAR10 = {
         **{f"model.acm.phases.{k}": v for k, v in {**_SHORT, "dense_steps": 2_000, "dense_peak": 2e-3}.items()},
         "batch_size": 32,
         "steps": 300,
-        "optimizer.peak": 1e-3,
+        "optimizer.peak": 3e-3,
         "optimizer.warmup": 20,
     },
     "baselines": ("uniform", "early_exit", "avit"),

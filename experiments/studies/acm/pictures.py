@@ -66,7 +66,7 @@ def learners_by_token(task: Acm, params: Any, batch: Mapping[str, Any]) -> np.nd
     @jax.jit
     def spent(params: Any, batch: Any) -> Any:
         with captured(lambda module: isinstance(module, Gate)) as calls:
-            task._with("masked").eval_step(params, batch, extra={})
+            task.within("masked").eval_step(params, batch, extra={})
         found = task.modules(batch)
         units = {module.path: calls[f"{module.path}/learners/gate"].result for module in found}
         total = sum(module.learner * jnp.sum(units[module.path], axis=-1) for module in found)

@@ -281,3 +281,42 @@ class DecoderSpec:
             "mlp": batch * sum(mlp_macs(n, self.width, self.mlp_dim, gated=True) for n in counts),
             "head": batch * linear_macs(tokens, self.width, self.vocab_size),
         }
+
+    def decoding(self) -> DecoderDecodingSpec:
+        """The spec of decoding token by token with a cache."""
+        return DecoderDecodingSpec(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderDecodingSpec:
+    """Cached decoding with a decoder language model, one token a step; reading the prompt is not part of it."""
+
+    model: DecoderSpec
+
+    def macs(
+        self, *, batch: int = 1, slots: int, steps: int, layer_steps: Sequence[float] | None = None
+    ) -> dict[str, float]:
+        """MACs by block.
+
+        Args:
+          batch: B.
+          slots: of the cache; every step attends to all of them, masked or not.
+          steps: tokens decoded.
+          layer_steps: at how many of them each layer runs; at all when None.
+
+        Raises:
+          ValueError: one number a layer is needed, in 0..`steps`.
+        """
+        model = self.model
+        layer_steps = (steps,) * model.depth if layer_steps is None else tuple(layer_steps)
+        if len(layer_steps) != model.depth or not all(0 <= own <= steps for own in layer_steps):
+            raise ValueError(
+                f"layer_steps needs one number in 0..{steps} for each of {model.depth} layers; got {layer_steps}"
+            )
+        ran = batch * sum(layer_steps)
+        projections = 2 * linear_macs(1, model.width, model.inner) + 2 * linear_macs(1, model.width, model.kv_inner)
+        return {
+            "attention": ran * (projections + 2 * slots * model.inner),
+            "mlp": ran * mlp_macs(1, model.width, model.mlp_dim, gated=True),
+            "head": batch * steps * linear_macs(1, model.width, model.vocab_size),
+        }

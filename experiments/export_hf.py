@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a checkpoint of a seq2seq run into a Hugging Face safetensors directory; the way back of `experiments.import_hf`.
+"""Turns a checkpoint of a run into a Hugging Face safetensors directory; the way back of `experiments.import_hf`.
 
     python -m experiments.export_hf --workdir=runs/byt5 --out=byt5-mine
     python -m experiments.export_hf --workdir=runs/mrt5 --out=mrt5-mine --step=best --dtype=bfloat16
 
-The moving average is taken where the run keeps one. A dense model with the usual softmax is written as T5 or mT5, any other as
-MrT5, which the public MrT5 code reads. Token ids and other settings of an imported run are those that it came with.
+The moving average is taken where the run keeps one. A dense T5 with the usual softmax is written as T5 or mT5, any other as
+MrT5, which the public MrT5 code reads; a decoder as Llama or, with biases, as Qwen2. Token ids and other settings of an
+imported run are those that it came with.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from etils import epath
 
 from experiments import evaluate, tasks, train
 from experiments.data import byte_vocab, resolve
-from layers.generation import generate_t5
+from layers.generation import generate_lm, generate_t5
 
 DELETIONS = ("hard", "soft", "none")
 _STRUCK, _PLAIN = "\x1b[9;31m", "\x1b[0m"
@@ -45,8 +45,8 @@ def generate(
     """One record for each text, from a run's checkpoint.
 
     Args:
-      workdir: directory of a run of the task seq2seq.
-      texts: what the encoder reads.
+      workdir: directory of a run of the task seq2seq or language_modelling.
+      texts: what the encoder reads, or what a decoder-only model continues.
       max_length: bytes to generate at most; as many as in training when None.
       deletion: "hard", "soft" or "none"; as the run evaluates when None.
       step: of the checkpoint; see `experiments.evaluate`.
@@ -56,7 +56,8 @@ def generate(
     Returns:
       Records with "input" and "continuation" (bytes, the latter as far as ids are bytes), "ended" (whether the model ended
       it), "log_prob" (in nats, of all that was generated), "kept" (for each byte whether hard deletion keeps it; None without
-      deletion), "tokens" (what is left after each encoder layer, the end of sequence included), "deletion" and "step".
+      deletion), "tokens" (what is left after each encoder layer, the end of sequence included; of a decoder-only model the
+      generated tokens that ran through each layer), "deletion" and "step".
 
     Raises:
       FileNotFoundError, ValueError: no such run or step, another task, no gate to delete with, an empty text.
@@ -64,26 +65,15 @@ def generate(
     directory = epath.Path(workdir)
     config = evaluate.load_config(directory)
     task = tasks.build(config)
-    if not isinstance(task, tasks.Seq2Seq):
-        raise ValueError(f"only the task seq2seq generates text; {workdir} is a run of {config.task!r}")
-    mode = _mode(task, deletion)
-    ids = _inputs(texts, task.inputs_length, ends=resolve(config.data).objective == "span_corruption")
-    lengths = {"input_ids": task.inputs_length, "decoder_input_ids": task.targets_length}
-    shapes = {name: jax.ShapeDtypeStruct((1, length), jnp.int32) for name, length in lengths.items()}
-    program = train.build_program(config, task, shapes)
-    params, found = evaluate.restore(directory, config, program, step)
-    model, key = _with_room(task.model, ids.shape[1]), jax.random.key(seed)
-    generation, aux = generate_t5(
-        model,
-        {"params": params},
-        jnp.asarray(ids),
-        deletion=mode,
-        max_length=task.targets_length if max_length is None else max_length,
-        key=jax.random.fold_in(key, 0),
-        rngs={"deletion": jax.random.fold_in(key, 1)},
-        **sampling,
+    if not isinstance(task, tasks.Seq2Seq | tasks.LanguageModelling):
+        raise ValueError(
+            f"only the tasks seq2seq and language_modelling generate text; {workdir} is a run of {config.task!r}"
+        )
+    run = _continued if isinstance(task, tasks.LanguageModelling) else _decoded
+    output, found, mode = run(
+        directory, config, task, texts, max_length, deletion, step, jax.random.key(seed), sampling
     )
-    generation, aux = jax.device_get((generation, aux))
+    generation, aux = jax.device_get(output)
     return [
         {
             "input": text,
@@ -97,6 +87,63 @@ def generate(
         }
         for row, text in enumerate(texts)
     ]
+
+
+def _decoded(
+    directory: epath.Path,
+    config: Any,
+    task: tasks.Seq2Seq,
+    texts: list[bytes],
+    max_length: int | None,
+    deletion: str | None,
+    step: Any,
+    key: Any,
+    sampling: dict[str, Any],
+) -> tuple[Any, int, str | None]:
+    """What an encoder-decoder model generates, the step of its checkpoint, and how it deleted."""
+    mode = _mode(task, deletion)
+    ids = _inputs(texts, task.inputs_length, ends=resolve(config.data).objective == "span_corruption")
+    lengths = {"input_ids": task.inputs_length, "decoder_input_ids": task.targets_length}
+    params, found = _restored(directory, config, task, lengths, step)
+    output = generate_t5(
+        _with_room(task.model, ids.shape[1]),
+        {"params": params},
+        jnp.asarray(ids),
+        deletion=mode,
+        max_length=task.targets_length if max_length is None else max_length,
+        key=jax.random.fold_in(key, 0),
+        rngs={"deletion": jax.random.fold_in(key, 1)},
+        **sampling,
+    )
+    return output, found, mode
+
+
+def _continued(
+    directory: epath.Path,
+    config: Any,
+    task: tasks.LanguageModelling,
+    texts: list[bytes],
+    max_length: int | None,
+    deletion: str | None,
+    step: Any,
+    key: Any,
+    sampling: dict[str, Any],
+) -> tuple[Any, int, None]:
+    """What a decoder-only model generates, the step of its checkpoint, and None: it deletes nothing."""
+    if deletion not in (None, "none"):
+        raise ValueError(f"--deletion={deletion} needs a model with a gate; this run is of a decoder alone")
+    ids = jnp.asarray(_inputs(texts, 0, ends=False))
+    params, found = _restored(directory, config, task, {"input_ids": task.length}, step)
+    length = task.length if max_length is None else max_length
+    key = jax.random.fold_in(key, 0)
+    mask = ids != byte_vocab.PAD
+    return generate_lm(task.model, {"params": params}, ids, mask, max_length=length, key=key, **sampling), found, None
+
+
+def _restored(directory: epath.Path, config: Any, task: Any, lengths: dict[str, int], step: Any) -> tuple[Any, int]:
+    """Parameters and step of a run's checkpoint; `lengths` of a batch."""
+    shapes = {name: jax.ShapeDtypeStruct((1, length), jnp.int32) for name, length in lengths.items()}
+    return evaluate.restore(directory, config, train.build_program(config, task, shapes), step)
 
 
 def _mode(task: tasks.Seq2Seq, deletion: str | None) -> str | None:
@@ -171,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, help="directory of a run of experiments.train, task seq2seq")
+    parser.add_argument("--workdir", required=True, help="directory of a run of experiments.train")
     parser.add_argument("--text", action="append", default=[], help="a text to continue; may be given several times")
     parser.add_argument("--file", action="append", default=[], help="a file to continue, - for standard input")
     parser.add_argument("--step", default="", help="a step, or best; the newest when not given")

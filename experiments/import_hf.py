@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a Hugging Face safetensors directory (ByT5, T5 1.1, mT5, MrT5) into a run that training and evaluation start from.
+"""Turns a Hugging Face safetensors directory into a run that training and evaluation start from.
+
+Known are ByT5, T5 1.1, mT5 and MrT5 (task seq2seq), Llama and Qwen2 (task language_modelling).
 
     python -m experiments.import_hf --model=byt5-small --workdir=runs/byt5
     python -m experiments.train --workdir=runs/byt5
@@ -10,9 +12,9 @@
         --set model.gate=mrt5 --set model.softmax=off_by_one --set model.deletion.target=0.5 --set steps=5000
 
 The run has a config and a checkpoint at step 0. The model comes from the directory, with what `--set model.KEY=VALUE` changes;
-all else, such as data and optimiser, comes from `--config`, or is span corruption of 1,024 bytes of Python's own standard
-library. A gate that is set on a model without one starts anew, as MrT5 was trained from ByT5. `experiments.export_hf` is the
-way back.
+all else, such as data and optimiser, comes from `--config`, or is span corruption of 1,024 bytes (for a decoder-only model the
+prediction of each of 256 bytes) of Python's own standard library. A gate that is set on a model without one starts anew, as
+MrT5 was trained from ByT5. `experiments.export_hf` is the way back.
 """
 
 from __future__ import annotations
@@ -40,14 +42,36 @@ from experiments.rundir import RunDir, WorkdirMismatch
 from experiments.tasks.deletion import Deletion
 from experiments.tasks.models import NOT_OF_A_SECTION
 from layers import hf
+from layers.decoder_lm import DecoderLM
+from layers.t5 import T5
 
-# Of a recipe's model section: how the model runs, not what it is.
-_KEPT = ("rungs", "capacity", "remat", "scan_layers")
 _SECTION = "model."
-_DELETION = "model.deletion."
 # In the meta of a checkpoint, from one to the next: the config.json that the run came from.
 HF_CONFIG = "hf_config"
 _RUNGS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What a run of one kind of model is.
+
+    Attributes:
+      task, objective, optimizer: of a run without a recipe; the task also of one with it.
+      kept: of a recipe's model section: how the model runs, not what it is.
+      sections: parts of a model section that are the task's, not attributes of the module.
+    """
+
+    task: str
+    objective: str
+    optimizer: str
+    kept: tuple[str, ...]
+    sections: tuple[str, ...]
+
+
+_KINDS = {
+    T5: _Kind("seq2seq", "span_corruption", "adafactor", ("rungs", "capacity", "remat", "scan_layers"), ("deletion",)),
+    DecoderLM: _Kind("language_modelling", "next_token", "adamw", ("remat",), ("losses", "exit_losses", "skip")),
+}
 
 
 def import_checkpoint(
@@ -77,20 +101,23 @@ def import_checkpoint(
     if (workdir / "config.json").exists() and not overwrite:
         raise WorkdirMismatch(f"{workdir} holds a run; pass --overwrite to replace it, or choose another --workdir")
     overrides = dict(overrides or {})
-    config = _recipe(recipe)
-    attributes = {key: config.model[key] for key in _KEPT if key in config.model}
+    kind = _KINDS[hf.module_class(model)]
+    config = _recipe(recipe, kind)
+    attributes = {key: config.model[key] for key in kind.kept if key in config.model}
     attributes |= {"scan_layers": True} if scan_layers else {}
-    attributes |= {key.removeprefix(_SECTION): overrides.pop(key) for key in list(overrides) if _is_attribute(key)}
+    own = [key for key in overrides if _is_attribute(key, kind)]
+    attributes |= {key.removeprefix(_SECTION): overrides.pop(key) for key in own}
     _say(f"reading {model}")
     module, variables, hf_config = hf.load(model, **{key: _value(key, value) for key, value in attributes.items()})
     _check(module)
-    deletion = dataclasses.asdict(Deletion()) | dict(config.model.get("deletion", {}))
+    section = _t5_section if isinstance(module, T5) else _decoder_section
     with config.unlocked():
-        config.model = _section(module, deletion)
+        config.model = section(module, config.model)
         config.dtype = dtype or config.dtype
     config_lib.apply_overrides(config, overrides)
-    with config.unlocked():
-        config.model.rungs = _rungs(config)
+    if isinstance(module, T5):
+        with config.unlocked():
+            config.model.rungs = _rungs(config)
     _write_run(config, workdir, variables["params"], hf_config, overwrite)
     return summary(module, variables["params"], hf_config)
 
@@ -119,23 +146,25 @@ def _part(path: str) -> str:
     return first if first in ("embedding", "delete_gate", "head") else first.split("_")[0]
 
 
-def _recipe(spec: str) -> ConfigDict:
+def _recipe(spec: str, kind: _Kind) -> ConfigDict:
     """The config that a run starts from; its model section is replaced."""
     if spec:
         config = config_lib.load(spec)
-        if config.task != "seq2seq":
-            raise config_lib.ConfigError(f"{spec} is for the task {config.task!r}; these models are trained on seq2seq")
+        if config.task != kind.task:
+            raise config_lib.ConfigError(
+                f"{spec} is for the task {config.task!r}; these models are trained on {kind.task}"
+            )
         return config
     config = config_lib.base_config()
-    config.task = "seq2seq"
-    config.data = data.resolve(dict(source="text", text="stdlib", objective="span_corruption"))
-    config.optimizer.name = "adafactor"
+    config.task = kind.task
+    config.data = data.resolve(dict(source="text", text="stdlib", objective=kind.objective))
+    config.optimizer.name = kind.optimizer
     config.eval.batches = 20
     return config
 
 
-def _is_attribute(key: str) -> bool:
-    return key.startswith(_SECTION) and not key.startswith(_DELETION)
+def _is_attribute(key: str, kind: _Kind) -> bool:
+    return key.startswith(_SECTION) and key.split(".")[1] not in kind.sections
 
 
 def _value(key: str, value: Any) -> Any:
@@ -147,17 +176,27 @@ def _value(key: str, value: Any) -> Any:
     return value
 
 
-def _section(module: Any, deletion: Mapping[str, Any]) -> ConfigDict:
+def _t5_section(module: T5, recipe: Mapping[str, Any]) -> ConfigDict:
     """The model section that `experiments.tasks.models.build_t5` makes the module from."""
     names = {field.name for field in dataclasses.fields(module)} - NOT_OF_A_SECTION
     section = {name: getattr(module, name) for name in sorted(names)}
     section |= {name: section[name] or "" for name in ("gate", "chunker")} | {"rungs": module.rungs or ()}
     section |= {name: dict(section[name]) for name in ("gate_hyper", "chunk_hyper")}
-    return ConfigDict({**section, "deletion": dict(deletion)})
+    deletion = dataclasses.asdict(Deletion()) | dict(recipe.get("deletion", {}))
+    return ConfigDict({**section, "deletion": deletion})
+
+
+def _decoder_section(module: DecoderLM, recipe: Mapping[str, Any]) -> ConfigDict:
+    """The model section that `experiments.tasks.models.build_decoder` makes the module from."""
+    names = {field.name for field in dataclasses.fields(module)} - NOT_OF_A_SECTION
+    section = {name: value for name in sorted(names) if (value := getattr(module, name)) is not None}
+    section["rotary_scaling"] = dataclasses.asdict(module.rotary_scaling) if module.rotary_scaling else {}
+    tasks_own = {"losses": {}, "exit_losses": "", "skip": {}}
+    return ConfigDict({**section, **{name: recipe.get(name, value) for name, value in tasks_own.items()}})
 
 
 def _check(module: Any) -> None:
-    if not module.decoder_layers:
+    if isinstance(module, T5) and not module.decoder_layers:
         raise ValueError("this checkpoint is an encoder alone; a run needs a decoder. layers.hf.load reads encoders")
     highest = byte_vocab.FIRST_SENTINEL
     if module.vocab_size <= highest:

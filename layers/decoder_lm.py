@@ -74,7 +74,7 @@ class DecoderLM(Decoding):
         self.block = [self._block(layer) for layer in range(self.depth)]
         self.norm = RMSNorm(self.epsilon, **common)
         if self.exit_classifier:
-            self.exit = Linear((1,), ("embed", "exit"), **common)
+            self.exit = Linear((1,), ("embed", "gate"), **common)
         if not self.tie_embeddings:
             self.head = Linear((self.vocab_size,), ("embed", "vocab"), use_bias=False, **common)
 

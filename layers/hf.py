@@ -9,6 +9,9 @@
     logits, aux = module.apply(variables, input_ids, attention_mask, decoder_input_ids, deletion="hard")
     aux["delete_gate"]  # [B, N]
 
+    module, variables, config = hf.load("qwen2-0.5b")
+    logits, aux = module.apply(variables, input_ids, attention_mask)
+
 A family of models is a module beside this one that knows its names and settings and touches no file:
 
 - `MODULE`, `MODEL_TYPES`, `ARCHITECTURES`: the Linen class, and what `model_type` and `architectures` in config.json may say;
@@ -34,10 +37,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from layers import hf_t5
+from layers import hf_llama, hf_t5
 from layers.hf_leaf import Leaf
 
-FAMILIES = (hf_t5,)
+FAMILIES = (hf_t5, hf_llama)
 # safetensors' names of the dtypes that a parameter may be stored in, and the names in config.json.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SHARD_BYTES = 2 * 10**9
@@ -80,6 +83,15 @@ def load(
         }
     params |= _initial(family, module, sorted(set(shapes) - set(params)), dtype)
     return module, {"params": unflatten_dict(params, sep="/")}, config
+
+
+def module_class(directory: str | os.PathLike[str]) -> type[nn.Module]:
+    """The Linen class that `load` makes of a checkpoint; reads config.json alone.
+
+    Raises:
+      ValueError: no checkpoint there, or an unknown kind of model.
+    """
+    return _family(_read_config(pathlib.Path(directory))).MODULE
 
 
 def save(

@@ -21,16 +21,20 @@ class Leaf:
       inputs: how many axes of a kernel are inputs, of a linear map that the checkpoint holds as `[outputs, inputs]`; 0 for a
         parameter that is held as it stands.
       stacked: the parameter has a leading axis of layers.
+      flat: the checkpoint holds it with a single axis (biases of projections to heads).
     """
 
     path: str
     tensors: tuple[str, ...]
     inputs: int = 0
     stacked: bool = False
+    flat: bool = False
 
     def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each tensor when the parameter has this shape."""
         part = shape[1:] if self.stacked else shape
+        if self.flat:
+            return (math.prod(part),)
         if not self.inputs:
             return part
         return math.prod(part[self.inputs :]), math.prod(part[: self.inputs])
@@ -46,6 +50,8 @@ class Leaf:
     def tensor(self, parameter: np.ndarray, index: int) -> np.ndarray:
         """The tensor `tensors[index]` of the parameter, contiguous."""
         part = parameter[index] if self.stacked else parameter
+        if self.flat:
+            return np.ascontiguousarray(part.reshape(-1))
         if not self.inputs:
             return np.ascontiguousarray(part)
         return np.ascontiguousarray(part.reshape(math.prod(part.shape[: self.inputs]), -1).T)

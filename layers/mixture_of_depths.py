@@ -91,7 +91,7 @@ class RoutedBlock(Block):
     def setup(self) -> None:
         super().setup()
         common = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
-        self.router = Linear((1,), ("embed", "router"), use_bias=False, **common)
+        self.router = Linear((1,), ("embed", "gate"), use_bias=False, **common)
         if self.routing.predictor == "mlp":
             self.predictor = _Predictor(**common)
 
@@ -169,9 +169,10 @@ class RoutedBlock(Block):
         y, memory, aux = self._run(packed, Stream(positions, taken), inputs, deterministic)
         weight = mod.WEIGHTS[self.routing.weight](jnp.take_along_axis(logits, places, axis=1))[..., None]
         y = packed + (weight * (y - packed)).astype(x.dtype)
-        rows = jnp.arange(x.shape[0])[:, None]
-        x = x.at[rows, jnp.where(taken, places, length)].set(y, mode="drop")
-        ran = jnp.zeros(chosen.shape, bool).at[rows, jnp.where(taken, places, length)].set(True, mode="drop")
+        where = jnp.where(taken, places, length)
+        # Row by row, so that devices with rows of their own exchange nothing.
+        put = jax.vmap(lambda old, where, new: old.at[where].set(new, mode="drop"))
+        x, ran = put(x, where, y), put(jnp.zeros_like(chosen), where, taken)
         losses = {"router": mod.router_loss(predicted, best, valid)}
         right = jnp.sum(((predicted > 0) == best) & valid), jnp.sum(valid)
         return x, memory, taken, aux | {"ran": ran, "losses": losses, "predictor_accuracy": right}
@@ -221,8 +222,8 @@ class _Predictor(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "..."]:
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = Linear((x.shape[-1] // 2,), ("embed", "predictor"), name="hidden", **common)(x)
-        return Linear((1,), ("predictor", "router"), name="out", **common)(jax.nn.silu(y))[..., 0]
+        y = Linear((x.shape[-1] // 2,), ("embed", "mlp"), name="hidden", **common)(x)
+        return Linear((1,), ("mlp", "gate"), name="out", **common)(jax.nn.silu(y))[..., 0]
 
 
 def _pack(leaf: Array, places: Int[Array, "B C"]) -> Array:

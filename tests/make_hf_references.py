@@ -2,16 +2,19 @@
 """Writes the tiny random checkpoints under tests/data/hf with the outputs that their own libraries give for them.
 
     python tests/make_hf_references.py t5
+    python tests/make_hf_references.py llama
     python tests/make_hf_references.py mrt5 --mrt5-code=DIR
 
-`t5` needs torch 2.13.0, transformers 5.23.0 and safetensors; no part of the project does, and tests read the stored files
+`t5` and `llama` (under tests/data/hf_llama) need torch 2.13.0, transformers 5.23.0 and safetensors; no part of the project
+does, and tests read the stored files
 only. `mrt5` needs DIR, a checkout of https://github.com/jkallini/mrt5, and the version of transformers that it names, 4.39.1,
 with torch 2.13.0: so it runs in an environment of its own, and the public code needs no change there.
 
 Each folder of tests/data/hf holds config.json and tensors as they are published, and references.npz: `input_ids [B, N]`,
 `attention_mask [B, N]`, `decoder_input_ids [B, T]`, and what the library computes from them in float32: "logits [B, T, V]"
 or, for an encoder, "features [B, N, D]"; for an MrT5 the logits "soft" and "hard", and "delete_gate [B, N]". The last
-row of a batch is padded to a single token. Where tensors are stored in half precision, the library reads those.
+row of a batch is padded to a single token. A Llama or Qwen2 has no `decoder_input_ids`, its rows are padded on the left, and
+"positions" are those that the library was given. Where tensors are stored in half precision, the library reads those.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "hf"
+LLAMA_FOLDER = FOLDER.parent / "hf_llama"
 LENGTHS = (7, 4, 1)
 # The inner widths, 2 * 8 and 3 * 4, differ from the widths; few buckets, so that short sequences reach the logarithmic ones.
 SMALL = dict(d_model=12, d_kv=8, d_ff=16, num_heads=2, num_layers=2, num_decoder_layers=2)
@@ -52,6 +56,29 @@ MRT5 = {
     "mrt5_wide": (dict(WIDE, **GATE, delete_gate_layer=2), torch.bfloat16),
 }
 
+# Grouped queries, and a head width that is not width / heads; the window of Llama 3's scaling lies within the few tokens.
+LLAMA_SMALL = dict(
+    vocab_size=72, hidden_size=12, intermediate_size=16, num_attention_heads=4, num_key_value_heads=2,
+    num_hidden_layers=2, head_dim=6, max_position_embeddings=64, rms_norm_eps=1e-5, pad_token_id=0,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+LLAMA = {
+    "llama_small": ("LlamaForCausalLM", dict(LLAMA_SMALL, rope_theta=10_000.0), torch.float32),
+    "llama_scaled_tied": (
+        "LlamaForCausalLM",
+        dict(LLAMA_SMALL, rope_theta=500.0, rope_scaling=LLAMA3, tie_word_embeddings=True),
+        torch.float16,
+    ),
+    "qwen2_small": ("Qwen2ForCausalLM", dict(LLAMA_SMALL, rope_theta=1e6, use_sliding_window=False), torch.bfloat16),
+    "qwen2_tied": (
+        "Qwen2ForCausalLM",
+        dict(LLAMA_SMALL, num_key_value_heads=1, rope_theta=1e3, tie_word_embeddings=True),
+        torch.float32,
+    ),
+}
+
 
 def batch(vocabulary, seed, encoder=False):
     """Ids with right padding, and 0 only there; the decoder starts with 0."""
@@ -74,7 +101,7 @@ def randomise(model, seed, dtype):
         values = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
             values = 1 + 0.2 * values
-        elif "relative_attention_bias" not in name and "shared" not in name and "bias" not in name:
+        elif not any(part in name for part in ("relative_attention_bias", "shared", "bias", "embed_tokens")):
             values = values * parameter.shape[-1] ** -0.5
         parameter.data = values.to(dtype).float()
 
@@ -133,6 +160,36 @@ def t5():
         )
 
 
+def llama():
+    """Llama and Qwen2 by transformers."""
+    import transformers
+
+    for seed, (name, (architecture, settings, dtype)) in enumerate(LLAMA.items()):
+        kind = architecture.removesuffix("ForCausalLM").lower()
+        config = {"model_type": kind, "architectures": [architecture], "torch_dtype": str(dtype)[6:], **settings}
+        folder = LLAMA_FOLDER / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        made = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config").from_pretrained(folder)
+        model = getattr(transformers, architecture)(made).eval()
+        randomise(model, seed, dtype)
+        tied = {"lm_head.weight"} if settings.get("tie_word_embeddings") else set()
+        tensors = {key: value.to(dtype).contiguous() for key, value in model.state_dict().items() if key not in tied}
+        if name == "qwen2_small":
+            save_sharded(tensors, folder)
+        else:
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        inputs = {key: value.flip(1) for key, value in batch(72, seed, encoder=True).items()}
+        # So that rows of different lengths start at position 0, as generation by the library does.
+        inputs["positions"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        read = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits = read(inputs["input_ids"], inputs["attention_mask"], position_ids=inputs["positions"]).logits
+        arrays = inputs | {"logits": logits}
+        np.savez_compressed(folder / "references.npz", **{key: array.numpy() for key, array in arrays.items()})
+
+
 def mrt5(code):
     """MrT5 by the public code."""
     sys.path.insert(0, str(code))
@@ -172,13 +229,13 @@ def deleting(model, seed, dtype):
 def main():
     """Reads the arguments and writes the folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("t5", "mrt5"))
+    parser.add_argument("what", choices=("t5", "llama", "mrt5"))
     parser.add_argument("--mrt5-code", type=pathlib.Path, help="a checkout of the public MrT5 code")
     options = parser.parse_args()
     if options.what == "mrt5" and options.mrt5_code is None:
         parser.error("mrt5 needs --mrt5-code=DIR")
     torch.manual_seed(0)
-    t5() if options.what == "t5" else mrt5(options.mrt5_code)
+    {"t5": t5, "llama": llama, "mrt5": lambda: mrt5(options.mrt5_code)}[options.what]()
 
 
 if __name__ == "__main__":

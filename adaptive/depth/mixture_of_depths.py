@@ -10,7 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from adaptive import ragged
 from adaptive.registry import register
@@ -31,22 +31,6 @@ def capacity(share: float, length: int) -> int:
         raise ValueError(f"capacity is a share of the tokens in (0, 1]; got {share}")
     # A share such as 0.3 of 10 comes out as a little more than 3.
     return max(math.ceil(share * length - 1e-9), 1)
-
-
-def select(logits: Float[Array, "B N"], valid: Bool[Array, "B N"], count: int) -> Int[Array, "B C"]:
-    """Places of the `count` real tokens with the highest logits, in rising order; of equal ones the earlier.
-
-    Where there are fewer real tokens, padding fills up.
-
-    Raises:
-      ValueError: a count outside 1..N.
-
-    Source: Raposo et al. 2024, section 3.4 (expert choice: the top-k of the sequence).
-    """
-    if not 1 <= count <= logits.shape[1]:
-        raise ValueError(f"the capacity must lie in 1..{logits.shape[1]} tokens; got {count}")
-    chosen = ragged.rank(jnp.where(valid, logits, -jnp.inf)) < count
-    return jnp.argsort(~chosen, axis=1, stable=True)[:, :count]
 
 
 def router_loss(

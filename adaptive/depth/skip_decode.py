@@ -50,10 +50,11 @@ def counts_for_speedup(layers: int, speedup: float, *, horizon: int, bottom: int
 
     Differs: a reconstruction; `most + least = 2 L / speedup`.
     """
-    total = round(2 * layers / speedup) if speedup >= 1 else 0
-    most = min(layers, total - max(bottom, 1))
-    if total < 2 * max(bottom, 1):
-        raise ValueError(f"speedup must lie in 1..{layers / max(bottom, 1):g} for {layers} layers; got {speedup}")
+    lowest = max(bottom, 1)
+    if not 1 <= speedup <= layers / lowest:
+        raise ValueError(f"speedup must lie in 1..{layers / lowest:g} for {layers} layers; got {speedup}")
+    total = round(2 * layers / speedup)
+    most = min(layers, total - lowest)
     return layer_counts(layers, most=most, least=total - most, horizon=horizon, bottom=bottom)
 
 

@@ -6,6 +6,7 @@ python -m experiments.bench tome
 python -m experiments.bench tome --variant=S/16 --batch=1,8 --r=8,13,16
 python -m experiments.bench mrt5 --batch=1 --length=512 --out=results/bench/mrt5.jsonl
 python -m experiments.bench generate --batch=1,8 --length=1024 --max-length=64 --deleted=0.5
+python -m experiments.bench skipdecode --batch=1,8 --speedup=2,3
 """
 
 from __future__ import annotations

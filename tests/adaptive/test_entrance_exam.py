@@ -18,6 +18,8 @@ BATCH, LENGTH, WIDTH = 3, 12, 6
 REDUCTIONS = registry.names("reduction")
 DELETIONS = registry.names("deletion")
 CHUNKINGS = registry.names("chunking")
+DEPTHS = registry.names("depth")
+SKIPPINGS = registry.names("skipping")
 # identity ignores its budget by design.
 SHRINKING = tuple(name for name in REDUCTIONS if name != "identity")
 
@@ -38,6 +40,8 @@ def make_signals(name, seed=0, cls_token=True):
         gate_logits=rng.normal(size=(BATCH, LENGTH)).astype(np.float32) * 3,
         boundary_logits=rng.normal(size=(BATCH, LENGTH)).astype(np.float32),
         entropies=rng.uniform(0, 3, (BATCH, LENGTH)).astype(np.float32),
+        layer_scores=rng.random((BATCH, LENGTH, 5)).astype(np.float32),
+        choice_logits=rng.normal(size=(BATCH, LENGTH, 5)).astype(np.float32),
         rng=jax.random.key(seed),
     )
     needs = registry.describe(name).signals
@@ -183,7 +187,9 @@ def test_a_threshold_keeps_within_its_cap(name):
         assert np.all(np.asarray(reduced.mass.sum(-1)) <= np.asarray(tokens.mass.sum(-1)) + 1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in (*REDUCTIONS, *CHUNKINGS) if registry.describe(name).signals])
+@pytest.mark.parametrize(
+    "name", [name for name in (*REDUCTIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS) if registry.describe(name).signals]
+)
 def test_a_missing_signal_is_named(name):
     signal = registry.describe(name).signals[0]
     budget = (8,) if name in REDUCTIONS else ()
@@ -198,14 +204,14 @@ def test_a_budget_that_does_not_fit_is_an_error(name, budget):
         registry.get(name)(make_tokens(), make_signals(name), budget)
 
 
-@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS))
+@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS))
 def test_an_unknown_hyper_parameter_is_an_error(name):
     budget = (8,) if name in REDUCTIONS else ()
     with pytest.raises(TypeError, match="has no hyper-parameter"):
         registry.get(name)(make_tokens(), make_signals(name), *budget, no_such_thing=1)
 
 
-@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS))
+@pytest.mark.parametrize("name", (*REDUCTIONS, *DELETIONS, *CHUNKINGS, *DEPTHS, *SKIPPINGS))
 def test_the_record_is_complete(name):
     record = registry.describe(name)
     assert record.kind in registry.KINDS
@@ -326,4 +332,58 @@ def test_new_values_do_not_recompile_chunks(name):
 
     first, second = (step(make_tokens(seed=seed), make_signals(name, seed=seed)) for seed in (1, 2))
     assert not np.array_equal(first, second)
+    assert len(traces) == 1
+
+
+@functools.cache
+def layers_of(name):
+    return jax.jit(registry.get(name))
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_what_the_layers_count_for_a_token_adds_up_to_one_and_to_nothing_in_padding(name):
+    tokens = make_tokens(lengths=(12, 9, 1))
+    weights = np.asarray(layers_of(name)(tokens, make_signals(name, cls_token=False)))
+    chex.assert_shape(weights, (BATCH, LENGTH, 5))
+    assert weights.dtype == np.float32 and np.all(weights >= 0)
+    np.testing.assert_allclose(weights.sum(-1), np.asarray(tokens.valid), atol=1e-5)
+    assert np.any(weights[..., :-1] > 0)
+
+
+@pytest.mark.parametrize("name", SKIPPINGS)
+def test_some_layers_run_for_real_tokens_and_none_for_padding(name):
+    tokens = make_tokens(lengths=(12, 9, 1))
+    runs = np.asarray(layers_of(name)(tokens, make_signals(name, cls_token=False)))
+    assert runs.dtype == bool and runs.shape[:2] == (BATCH, LENGTH) and runs.ndim == 3
+    assert not runs[~np.asarray(tokens.valid)].any()
+    assert 0 < runs[0].sum() < runs[0].size
+
+
+@pytest.mark.parametrize("name", (*DEPTHS, *SKIPPINGS))
+def test_layers_of_a_token_depend_on_no_other_row_nor_on_what_padding_holds(name):
+    tokens, signals = make_tokens(lengths=(12, 9, 7)), make_signals(name, cls_token=False)
+    whole = layers_of(name)(tokens, signals)
+    for row in range(BATCH):
+        alone = layers_of(name)(*jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], (tokens, signals)))
+        np.testing.assert_allclose(np.float32(alone[0]), np.float32(whole[row]), atol=1e-6)
+
+    def junk(leaf):
+        return jnp.where(tokens.valid.reshape(BATCH, LENGTH, *(1,) * (leaf.ndim - 2)), leaf, 7)
+
+    dirty = tokens.replace(features=junk(tokens.features))
+    again = layers_of(name)(dirty, jax.tree.map(junk, signals))
+    np.testing.assert_array_equal(again, whole)
+
+
+@pytest.mark.parametrize("name", (*DEPTHS, *SKIPPINGS))
+def test_new_values_do_not_recompile_layers(name):
+    traces = []
+
+    @jax.jit
+    def step(tokens, signals):
+        traces.append(name)
+        return registry.get(name)(tokens, signals)
+
+    for seed in (1, 2):
+        step(make_tokens(seed=seed), make_signals(name, seed=seed))
     assert len(traces) == 1

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from adaptive import budgets, flops
-from layers import t5, vit
+from layers import decoder_lm, early_exit, mixture_of_depths, t5, vit
 
 VIT_B = flops.ViTSpec(patch_size=16, width=768, depth=12, mlp_dim=3072, num_classes=1000, image_size=(224, 224))
 BYT5_SMALL = t5.T5(**t5.SHAPES["byt5-small"])
@@ -251,3 +251,45 @@ def test_a_t5_on_chunks_agrees_with_the_compiler(chunker, layer):
     count = flops.count(model, batch=2, targets=48, **model.chunk_sizes(128, 32))
     assert count.flops == pytest.approx(counted, rel=0.02)
     assert count.blocks["chunker"] > 0
+
+
+LM = decoder_lm.DecoderLM(
+    vocab_size=512, width=128, depth=3, heads=4, kv_heads=2, head_dim=48, mlp_dim=640, tie_embeddings=True
+)
+
+
+def test_a_decoder_agrees_with_the_compiler():
+    ids = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    found = compiled_flops(lambda v, i: LM.apply(v, i)[0], parameter_shapes(LM, ids), ids)
+    assert found == pytest.approx(flops.count(LM, batch=2, tokens=128).flops, rel=0.05)
+
+
+def test_a_routed_decoder_agrees_with_the_compiler():
+    model = LM.clone(routing=mixture_of_depths.MixtureOfDepths(share=0.25, predictor="router"))
+    ids = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    found = compiled_flops(lambda v, i: model.apply(v, i)[0], parameter_shapes(model, ids), ids)
+    assert found == pytest.approx(flops.count(model, batch=2, tokens=128, counts=(128, 32, 128)).flops, rel=0.05)
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (0, 2)])
+def test_a_decoders_step_agrees_with_the_compiler(layers):
+    model = LM.clone(policy=early_exit.FixedLayers(layers))
+    ids = jax.ShapeDtypeStruct((2, 96), jnp.int32)
+    variables = parameter_shapes(LM, ids)
+    cache, first = jax.eval_shape(lambda v, i: model.apply(v, i, max_length=32, method="prefill"), variables, ids)
+    found = compiled_flops(lambda v, c, i: model.apply(v, c, i, 0, method="decode_step")[0], variables, cache, first)
+    steps = [int(layer in layers) for layer in range(3)]
+    count = flops.count(LM.spec().decoding(), batch=2, slots=128, steps=1, layer_steps=steps)
+    assert found == pytest.approx(count.flops, rel=0.05)
+
+
+def test_blocks_of_a_tiny_decoder_by_hand():
+    spec = flops.DecoderSpec(vocab_size=11, width=8, depth=2, mlp_dim=10, inner=6, kv_inner=3)
+    layers = [2 * n * 8 * 6 + 2 * n * 8 * 3 + 2 * n * n * 6 for n in (7, 4)]
+    assert flops.count(spec, batch=3, tokens=7, counts=(7, 4)).blocks == {
+        "attention": 3 * sum(layers), "mlp": 3 * 3 * (7 + 4) * 8 * 10, "head": 3 * 7 * 8 * 11,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="one entry for each of 2 layers"):
+        flops.count(spec, tokens=7, counts=(7,))
+    with pytest.raises(ValueError, match=r"one number in 0..4 for each of 2 layers; got \(5, 1\)"):
+        flops.count(spec.decoding(), slots=9, steps=4, layer_steps=(5, 1))

@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 
 import jax
 
+from configs.decoder import text
 from configs.mrt5 import spans
 from configs.tome import digits
 from experiments import data, metrics, parallel, tasks, train
@@ -25,6 +26,7 @@ T5 = {"batch_size": 16, "eval.batches": 1, "data.inputs_length": 32, "model.rung
 T5 |= {"model.encoder_layers": 2}
 # The dense model groups its layers as one with a gate does, so that programs can be compared instruction by instruction.
 UNUSED = {"model.deletion.train": "", "model.deletion.evaluate": ""}
+LM = {"batch_size": 16, "eval.batches": 1, "data.length": 32}
 EVERY = ("none", "dp", "fsdp")
 CASES = {
     "vit": (digits, "runlocal", VIT, EVERY),
@@ -34,6 +36,8 @@ CASES = {
     "t5": (spans, "runlocal,gate=no_deletion", T5 | UNUSED, EVERY),
     "t5-mrt5": (spans, "runlocal,gate=mrt5", T5, EVERY),
     "t5-words": (spans, "runlocal,chunker=words", T5 | {"model.chunk_layer": 1}, ("none", "fsdp")),
+    "lm": (text, "runlocal", LM, ("none", "fsdp")),
+    "lm-mod": (text, "runlocal,share=0.25", LM, ("none", "fsdp")),
     "t5-random": (spans, "runlocal,gate=random_deletion", T5, ("none", "fsdp")),
 }
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.decoder import text as decoder_text
 from configs.mrt5 import continuation, spans
 from configs.tome import digits
 from experiments import evaluate, generate, tasks, train
@@ -126,10 +127,30 @@ def test_only_runs_that_have_a_decoder_and_text_can_generate(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(digits.get_config("runlocal").to_json())
     assert generate.main([f"--workdir={tmp_path}", "--text=a"]) == 2
-    assert "only the task seq2seq generates text" in capsys.readouterr().err
+    assert "only the tasks seq2seq and language_modelling generate text" in capsys.readouterr().err
 
 
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     assert "python -m experiments.generate --workdir=" in capsys.readouterr().out
+
+
+def test_a_decoder_alone_continues_texts_of_any_length(tmp_path, capsys):
+    train.train(decoder_text.get_config("runlocal"), tmp_path / "run", progress=False)
+    first, second = run(capsys, tmp_path / "run", "--text=import os", "--text=x", "--max-length=4")
+    assert first["tokens"] == [4, 4] and first["kept"] is None
+    config = evaluate.load_config(tmp_path / "run")
+    task = tasks.build(config)
+    spec = {"input_ids": jax.ShapeDtypeStruct((1, 16), jnp.int32)}
+    params, _ = evaluate.restore(tmp_path / "run", config, train.build_program(config, task, spec), None)
+    score = jax.jit(lambda ids: task.model.apply({"params": params}, ids)[0])
+    for record in (first, second):
+        ids = np.zeros((1, 16), np.int32)
+        text = byte_vocab.encode(record["input"])
+        ids[0, : len(text)] = text
+        for place in range(len(text), len(text) + 4):
+            ids[0, place] = np.asarray(score(ids))[0, place - 1].argmax()
+        assert bytes.fromhex(record["continuation_hex"]) == byte_vocab.decode(ids[0, len(text) : len(text) + 4])
+    assert generate.main([f"--workdir={tmp_path / 'run'}", "--text=x", "--deletion=hard"]) == 2
+    assert "this run is of a decoder alone" in capsys.readouterr().err

@@ -19,6 +19,8 @@ from experiments.checkpoints import Checkpointer
 from experiments.config import load_config
 from experiments.rundir import RunDir
 from layers import hf
+from layers.decoder_lm import DecoderLM
+from layers.rotary import Llama3Scaling
 
 REPO = pathlib.Path(__file__).parents[2]
 DATA = REPO / "tests" / "data" / "hf"
@@ -193,3 +195,31 @@ def test_an_export_that_cannot_be_gets_one_clear_line(byt5, tmp_path, capsys):
         assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "full" / "config.json").read_text() == "{}"
+
+
+# ---- Decoders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_becomes_a_run_that_trains_and_comes_back(tmp_path, capsys):
+    """The stored models have fewer ids than there are bytes, so a larger one is made first."""
+    module = DecoderLM(384, 8, 2, 2, 12, kv_heads=1, qkv_bias=True, rotary_scaling=Llama3Scaling())
+    model, workdir = tmp_path / "model", tmp_path / "run"
+    hf.save(model, module, module.init(jax.random.key(0), np.ones((1, 2), int)))
+    short = ["--set", "data.length=16", "--set", "data.threads=0", "--set", "steps=1", "--set", "batch_size=8"]
+    short += ["--set", "eval.batches=1"]
+    assert import_hf.main([f"--model={model}", f"--workdir={workdir}", *short]) == 0
+    assert "total" in capsys.readouterr().out
+    tensors, config = exported(workdir, tmp_path / "out")
+    assert_same_tensors(tensors, load_file(model / "model.safetensors"))
+    assert config == json.loads((model / "config.json").read_text())
+    assert train.train(load_config(workdir), workdir, progress=False).step == 1
+    config = load_config(workdir)
+    assert (config.task, config.data.objective) == ("language_modelling", "next_token")
+    assert tasks.build(config).model.rotary_scaling == Llama3Scaling()
+
+
+def test_a_recipe_of_another_task_is_refused(tmp_path, capsys):
+    model = REPO / "tests" / "data" / "hf_llama" / "llama_small"
+    spec = REPO / "configs" / "mrt5" / "spans.py"
+    assert import_hf.main([f"--model={model}", f"--workdir={tmp_path / 'run'}", f"--config={spec}"]) == 2
+    assert "is for the task 'seq2seq'; these models are trained on language_modelling" in capsys.readouterr().err

@@ -227,6 +227,9 @@ def test_projecting_first_and_attending_later_is_the_call(options):
     assert memory.keys.shape == memory.values.shape == (B, options.get("kv_heads", H), 9, D // H)
     got = layer.apply(params, _x(), memory, key_bias=key_bias, bias=bias, method="attend")
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    memory = layer.apply(params, _x(), method="project")
+    got = layer.apply(params, _x(), memory, causal=True, method="attend")
+    np.testing.assert_allclose(got, layer.apply(params, _x(), causal=True)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "rotary": True, "softmax": "off_by_one"}])
@@ -248,6 +251,24 @@ def test_tokens_written_one_by_one_give_causal_attention(options):
     for position in range(N):
         got, memory = step(memory, _x()[:, position : position + 1], position)
         np.testing.assert_allclose(got[:, 0], want[:, position], rtol=1e-4, atol=1e-5)
+
+
+def test_each_row_writes_into_a_slot_of_its_own_and_none_past_the_end():
+    memory = Memory(jnp.zeros((3, 2, 4, 5)), jnp.ones((3, 2, 4, 5)))
+    other = Memory(
+        *(jnp.asarray(np.random.default_rng(seed).normal(size=(2, 2, 1, 5)), jnp.float32) for seed in (0, 1))
+    )
+    out = memory.write_each(other, jnp.asarray([3, 4]), rows=jnp.asarray([2, 0]))
+    np.testing.assert_array_equal(out.keys[2, :, 3], other.keys[0, :, 0])
+    np.testing.assert_array_equal(out.values[2, :, 3], other.values[0, :, 0])
+    np.testing.assert_array_equal(out.keys.at[2, :, 3].set(0.0), memory.keys)
+    np.testing.assert_array_equal(out.values.at[2, :, 3].set(1.0), memory.values)
+
+
+def test_the_last_projection_may_do_without_the_bias_of_the_others():
+    boxed = jax.eval_shape(Attention(H, out_bias=False).init, jax.random.key(0), _x())["params"]
+    assert set(boxed["out"]) == {"kernel"}
+    assert all(set(boxed[name]) == {"kernel", "bias"} for name in ("query", "key", "value"))
 
 
 @pytest.mark.parametrize(("length", "position"), [(1, 4), (1, -1), (3, 2), (5, jnp.zeros((), jnp.int32))])

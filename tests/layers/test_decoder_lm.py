@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder: causal, blind to padding on either side, equal to a plain restatement."""
 
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
 
+from layers.attention import Attention
 from layers.decoder_layers import Stream
 from layers.decoder_lm import DecoderLM
+from layers.norms import RMSNorm
 
 MODEL = DecoderLM(
     vocab_size=11, width=16, depth=2, heads=4, mlp_dim=24, kv_heads=2, head_dim=6, qkv_bias=True, tie_embeddings=True
@@ -108,3 +114,82 @@ def test_remat_and_layer_by_layer_are_the_same_model():
     for layer in range(2):
         x, _ = MODEL.apply(VARIABLES, x, layer, stream, method="run_layer")
     np.testing.assert_allclose(MODEL.apply(VARIABLES, x, method="logits"), logits(IDS), rtol=1e-5, atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """A linear map times what each layer is given."""
+
+    layer: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, inputs, deterministic):
+        y = nn.Dense(x.shape[-1], dtype=self.dtype)(x) * inputs[..., None]
+        return y, {"layer": jnp.asarray(self.layer)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeScaled:
+    def build(self, layer, *, dtype, param_dtype):
+        return Scaled(layer, dtype)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_another_feed_forward_part_gets_its_layers_inputs_and_hands_out_what_it_likes(remat):
+    model = MODEL.clone(feed_forward=MakeScaled(), remat=remat)
+    inputs = jnp.asarray(np.random.default_rng(2).random((2, 2, 7)), jnp.float32)
+    tree = meta.unbox(model.init(jax.random.key(0), IDS, feed_forward_inputs=inputs))
+    assert set(tree["params"]["block_0"]["mlp"]) == {"Dense_0"}
+    run = jax.jit(lambda inputs: model.apply(tree, IDS, feed_forward_inputs=inputs, output_hidden_states=True))
+    _, aux = run(inputs)
+    assert [int(own["layer"]) for own in aux["feed_forward"]] == [0, 1]
+    # Only the second layer's part is turned off, by its own entry.
+    _, off = run(inputs.at[1].set(0.0))
+    np.testing.assert_array_equal(off["hidden_states"][1], aux["hidden_states"][1])
+    own = tree["params"]["block_1"]
+    normed = RMSNorm().apply({"params": own["attention_norm"]}, off["hidden_states"][1])
+    attention = Attention(4, head_dim=6, kv_heads=2, out_bias=False, rotary=True)
+    y, _ = attention.apply({"params": own["attention"]}, normed, causal=True)
+    np.testing.assert_allclose(off["hidden_states"][2], off["hidden_states"][1] + y, rtol=1e-5, atol=1e-5)
+    assert np.any(off["hidden_states"][2] != aux["hidden_states"][2])
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        (dict(kv_heads=3), "kv_heads must divide heads; 3 does not divide 4"),
+        (dict(head_dim=None, width=10), "4 heads do not divide a width of 10; set head_dim"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(attributes, message):
+    with pytest.raises(ValueError, match=message):
+        MODEL.clone(**attributes).init(jax.random.key(0), IDS)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"active must broadcast to \[L, B, N\] = \[2, 2, 7\]; got \[3, 1, 7\]"):
+        MODEL.apply(VARIABLES, IDS, active=jnp.ones((3, 1, 7), bool))
+    with pytest.raises(ValueError, match=r"layer must lie in 0..1; got 2"):
+        MODEL.apply(VARIABLES, jnp.zeros((1, 1, 16)), 2, Stream.create(IDS[:1, :1]), method="run_layer")
+    with pytest.raises(TypeError, match="token ids must be integers"):
+        MODEL.apply(VARIABLES, IDS.astype(float))
+
+
+def test_parameters_have_logical_axes_that_may_be_split():
+    boxed = jax.eval_shape(MODEL.clone(tie_embeddings=False, exit_classifier=True).init, jax.random.key(0), IDS)[
+        "params"
+    ]
+    assert boxed["embedding"]["embedding"].names == ("vocab", "embed")
+    assert boxed["head"]["kernel"].names == ("embed", "vocab")
+    assert set(boxed["block_0"]["attention"]["out"]) == {"kernel"}
+    assert all(
+        isinstance(leaf, nn.Partitioned)
+        for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    )
+
+
+def test_bfloat16_keeps_float32_parameters_and_logits():
+    half = MODEL.clone(dtype=jnp.bfloat16)
+    out = half.apply(VARIABLES, IDS)[0]
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, logits(IDS), atol=0.3)

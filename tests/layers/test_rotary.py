@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layers.rotary import rotate
+from layers.rotary import Llama3Scaling, rotate
 
 X = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
 
@@ -43,3 +43,23 @@ def test_what_does_not_fit_is_refused():
         rotate(X[..., :7], np.zeros((1, 5)))
     with pytest.raises(ValueError, match=r"positions must be \[1 or 2, 5\]; got \(3, 5\)"):
         rotate(X, np.zeros((3, 5)))
+
+
+def test_scaling_keeps_short_waves_stretches_long_ones_and_mixes_between():
+    """Waves of 2 pi / f tokens, against the published rule on each frequency."""
+    scaling = Llama3Scaling(factor=8.0, low=1.0, high=4.0, original_length=100)
+    frequencies = np.array([1.0, 2 * np.pi / 25, 2 * np.pi / 50, 2 * np.pi / 100, 0.001])
+    middle = (100 / 50 - 1) / (4 - 1)
+    want = frequencies * np.array([1, 1, (1 - middle) / 8 + middle, 1 / 8, 1 / 8])
+    np.testing.assert_allclose(scaling.scale(jnp.asarray(frequencies)), want, rtol=1e-5)
+    position = np.full((1, 5), 60.0)
+    angle = 60.0 * np.asarray(scaling.scale(10_000.0 ** (-jnp.arange(4) / 4)))
+    turned = (X[..., :4] + 1j * X[..., 4:]) * np.exp(1j * angle)
+    out = rotate(X, position, scaling=scaling)
+    np.testing.assert_allclose(out, np.concatenate([turned.real, turned.imag], -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"factor": 0.0}, {"low": 4.0}, {"low": -1.0}, {"original_length": 0}])
+def test_a_scaling_that_makes_no_sense_is_refused(options):
+    with pytest.raises(ValueError, match="must be positive and 0 < low < high"):
+        Llama3Scaling(**options)

@@ -90,11 +90,11 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="must not rise"):
         tasks.build(config)
     config.model.skip = {"layers": (1, 2)}
-    with pytest.raises(ValueError, match="config.model.skip.layers does not exist"):
+    with pytest.raises(ValueError, match=r"config\.model\.skip\.layers does not exist"):
         tasks.build(config)
     config = text.get_config("runlocal")
     config.data = {"source": "text", "objective": "next_byte"}
     with pytest.raises(
-        ValueError, match="needs config.data.objective='next_token'; got source='text', objective='next_byte'"
+        ValueError, match=r"needs config\.data\.objective='next_token'; got source='text', objective='next_byte'"
     ):
         tasks.build(config)

@@ -10,6 +10,7 @@ from flax.core import meta
 from adaptive import flops
 from adaptive.routing import oracle, patterns, search
 from adaptive.width import duo
+from experiments import measure
 from layers.duo_lm import DuoLM
 from layers.duo_oracle import as_layered, embed, token_losses
 
@@ -18,18 +19,11 @@ MODEL = DuoLM(vocab_size=40, width=16, layers=LAYERS, heads=4, kv_heads=2, big=3
 IDS, LABELS = jax.random.randint(jax.random.key(1), (2, 2, 7), 0, 40)
 
 
-def decided(params):
-    """The parameters with routers that prefer something; they start from zero."""
-
-    def draw(path, leaf):
-        return jax.random.normal(jax.random.key(9), leaf.shape) if "router" in jax.tree_util.keystr(path) else leaf
-
-    return jax.tree_util.tree_map_with_path(draw, params)
-
-
 @pytest.fixture(scope="module")
 def params():
-    return decided(meta.unbox(jax.jit(lambda key: MODEL.init(key, IDS, method="soft"))(jax.random.key(0)))["params"])
+    """Drawn, routers too, which start from zero: they prefer something then."""
+    shapes = jax.eval_shape(lambda: meta.unbox(MODEL.init(jax.random.key(0), IDS, method="soft"))["params"])
+    return measure.random_like(shapes, jax.random.key(9), deviation=0.3)
 
 
 _run = jax.jit(

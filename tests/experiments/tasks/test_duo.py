@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from adaptive.width import duo
 from experiments import config as config_lib
-from experiments import tasks
+from experiments import measure, tasks
 from experiments.rundir import apply_overrides
 
 BATCH = {
@@ -26,18 +26,11 @@ def build(**overrides):
     return tasks.build(config)
 
 
-def decided(params):
-    """The parameters with routers that prefer something; they start from zero."""
-
-    def draw(path, leaf):
-        return jax.random.normal(jax.random.key(9), leaf.shape) if "router" in jax.tree_util.keystr(path) else leaf
-
-    return jax.tree_util.tree_map_with_path(draw, params)
-
-
 @pytest.fixture(scope="module")
 def params():
-    return decided(meta.unbox(jax.jit(build().init)(jax.random.key(0), BATCH))["params"])
+    """Drawn, routers too, which start from zero: they prefer something then."""
+    shapes = jax.eval_shape(lambda: meta.unbox(build().init(jax.random.key(0), BATCH))["params"])
+    return measure.random_like(shapes, jax.random.key(9), deviation=0.3)
 
 
 def gradients(task, params, steps=(0,)):

@@ -54,7 +54,14 @@ class DuoBlock(nn.Module):
         self.small_mlp = GatedMlp(self.small, activation="silu", **common)
         self.big_mlp = GatedMlp(self.big, activation="silu", **common)
         # Decided in float32, as everything that is compared with a threshold.
-        self.router = Linear((len(duo.CHOICES),), ("embed", "gate"), use_bias=False, param_dtype=self.param_dtype)
+        # From zero, so that no layer or token is favoured before training.
+        self.router = Linear(
+            (len(duo.CHOICES),),
+            ("embed", "gate"),
+            use_bias=False,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.zeros_init(),
+        )
 
     def attend(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """The shared part."""
@@ -162,13 +169,20 @@ class DuoLM(nn.Module):
         return self.readout(x)
 
     def soft(
-        self, ids: Int[Array, "B N"], sharpness: float | Array = 1.0, *, allow_skip: bool = False
+        self,
+        ids: Int[Array, "B N"],
+        sharpness: float | Array = 1.0,
+        *,
+        prior: Sequence[float] = (0.0, 0.5, 0.5),
     ) -> tuple[Float[Array, "B N V"], Float[Array, "B N L K"]]:
-        """`(logits, shares)` with every layer the mixture of its modules by its router: how routers are trained."""
+        """`(logits, shares)` with every layer the mixture of its modules by its router: how routers are trained.
+
+        Arguments and errors are those of `duo.router_shares`.
+        """
         x, found = self.embed(ids), []
         for block in self.block:
             x = block.attend(x)
-            found.append(duo.router_shares(block.route(x), sharpness, allow_skip=allow_skip))
+            found.append(duo.router_shares(block.route(x), sharpness, prior=prior))
             x = block.mix(x, found[-1])
         return self.readout(x), jnp.stack(found, axis=2)
 

@@ -57,25 +57,42 @@ def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
 
 
 def router_shares(
-    logits: Float[Array, "... K"], sharpness: float | Array = 1.0, *, allow_skip: bool = True
+    logits: Float[Array, "... K"], sharpness: float | Array = 1.0, *, prior: Sequence[float] = (0.0, 0.5, 0.5)
 ) -> Float[Array, "... K"]:
-    """`softmax(sharpness * logits)` over the modules that are allowed, in float32; it hardens as the sharpness grows.
+    """`softmax(sharpness * logits + log prior)` in float32: the prior for undecided routers, harder as the sharpness grows.
+
+    Args:
+      logits: of skip, small and big.
+      sharpness: factor of the logits.
+      prior: shares of undecided routers; a module whose share is 0 is not allowed. With the budget as the share of big, a
+        router starts within its budget, so that training need not first close all layers alike.
 
     Raises:
-      ValueError: a Python sharpness that is not positive, or logits of another number of modules.
+      ValueError: a Python sharpness that is not positive, a prior that does not sum to 1, or logits of another number.
 
     Source: Alizadeh et al. 2024, stage 3.
 
-    Differs: the text prints `exp(logit) / tau` with a rising tau; this is a softmax whose factor rises (a reconstruction).
+    Differs: the text prints `exp(logit) / tau` with a rising tau; this is a softmax whose factor rises (a reconstruction). The
+    prior is ours.
     """
     if logits.shape[-1] != len(CHOICES):
         raise ValueError(f"a router has one logit for each of {CHOICES}; got {logits.shape[-1]}")
     if isinstance(sharpness, (int, float)) and sharpness <= 0:
         raise ValueError(f"the sharpness of a router must be positive; got {sharpness}")
-    scaled = sharpness * logits.astype(jnp.float32)
-    if not allow_skip:
-        scaled = scaled.at[..., SKIP].set(-jnp.inf)
-    return jax.nn.softmax(scaled, axis=-1)
+    offset = jnp.log(jnp.asarray(check_shares(prior), jnp.float32))
+    return jax.nn.softmax(sharpness * logits.astype(jnp.float32) + offset, axis=-1)
+
+
+def prior_of(budget: float, *, allow_skip: bool) -> tuple[float, float, float]:
+    """The shares of undecided routers within a budget: big as it says, and what is left for small, or small and skip alike.
+
+    Raises:
+      ValueError: the budget does not lie between 0 and 1: there is nothing to decide.
+    """
+    if not 0.0 < budget < 1.0:
+        raise ValueError(f"routers decide where the budget lies between 0 and 1; got {budget}")
+    rest = 1.0 - budget
+    return (rest / 2, rest / 2, budget) if allow_skip else (0.0, rest, budget)
 
 
 def sharpness_at(step: Any, steps: int, first: float, last: float) -> Any:

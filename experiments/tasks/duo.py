@@ -142,8 +142,9 @@ class Duo:
         frozen = jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf if _of_router(path) else jax.lax.stop_gradient(leaf), params
         )
+        prior = duo.prior_of(self.budget, allow_skip=self.allow_skip)
         logits, shares = self.model.apply(
-            {"params": frozen}, batch["decoder_input_ids"], factor, allow_skip=self.allow_skip, method="soft"
+            {"params": frozen}, batch["decoder_input_ids"], factor, prior=prior, method="soft"
         )
         total = jnp.sum(byte_losses(logits, batch["labels"]))
         excess, tokens = duo.budget_loss(shares, self.budget)
@@ -155,6 +156,12 @@ class Duo:
             "big_share": (jnp.sum(shares[..., duo.BIG]), tokens * self.model.layers),
         }
         return loss, metrics
+
+    @property
+    def _threshold(self) -> float:
+        """Of `duo.big_score`, where big has the larger share at the end of training."""
+        prior = duo.prior_of(self.budget, allow_skip=self.allow_skip)
+        return math.log(prior[duo.SMALL] / prior[duo.BIG]) / self.sharpness[1]
 
     def update_extra(self, extra: Any, metrics: Any, step: Any) -> Any:
         """Nothing to carry."""
@@ -170,7 +177,7 @@ class Duo:
         ids, labels = batch["decoder_input_ids"], batch["labels"]
         shape, apply = (*ids.shape, self.model.layers), functools.partial(self.model.apply, {"params": params})
         if self.stage == "router":
-            logits, paths, _ = apply(ids, allow_skip=self.allow_skip, method="routed")
+            logits, paths, _ = apply(ids, self._threshold, allow_skip=self.allow_skip, method="routed")
         elif self.stage == "paths":
             paths = duo.random_paths(jax.random.key(0), shape, self.shares)
             logits = apply(ids, paths, compact=True)

@@ -15,7 +15,7 @@ from experiments.studies.duo import budgets, choices, depth, isoflop
 from experiments.studies.duo.measured import Measured
 from experiments.studies.study import Context
 
-_ROUTER = {"optimizer.peak": 0.03, "optimizer.warmup": 10, "eval.every": 0}
+_ROUTER = {"optimizer.peak": 0.01, "optimizer.warmup": 10, "eval.every": 0}
 # The paper has 12 layers, 16 times the width between modules; 8 layers keep the losses of all paths within memory.
 _FULL = {
     "model.width": 512,
@@ -41,12 +41,12 @@ SUITES: dict[str, dict[str, Any]] = {
     "quick": dict(
         seeds=(0, 1, 2),
         overrides={"steps": 1_200},
-        router={"steps": 120, **_ROUTER},
+        router={"steps": 100, **_ROUTER},
         sequences=32,
         shown=6,
         depth=dict(
             seeds=(0,),
-            overrides={"model.width": 96, "model.mlp_dim": 256, "batch_size": 16, "steps": 400},
+            overrides={"model.width": 96, "model.mlp_dim": 256, "batch_size": 16, "steps": 250},
             speedups=(1.33, 2.0),
             thresholds=(0.9, 0.6, 0.3),
             batches=(1, 8, 32),
@@ -58,14 +58,14 @@ SUITES: dict[str, dict[str, Any]] = {
             overrides={"model.depth": 6, "batch_size": 16, "optimizer.warmup": 20, "eval.every": 0},
             widths=(48, 64, 96),
             shares=(0.125,),
-            steps=160,
+            steps=100,
             batches=20,
         ),
     ),
     "full": dict(
         seeds=(0, 1, 2),
         overrides={"steps": 30_000, **_FULL},
-        router={"steps": 2_000, **_ROUTER, "optimizer.peak": 1e-2},
+        router={"steps": 2_000, **_ROUTER},
         sequences=16,
         shown=4,
         depth=dict(

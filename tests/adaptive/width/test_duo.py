@@ -54,15 +54,24 @@ def test_random_paths_have_the_shares_asked_for():
 
 def test_a_router_hardens_with_its_sharpness_and_may_not_skip():
     logits = jnp.asarray([[2.0, 0.5, 1.0], [-1.0, 0.5, 0.2]])
-    np.testing.assert_allclose(duo.router_shares(logits, 1.0), jax.nn.softmax(logits), rtol=1e-6)
-    hard = duo.router_shares(logits, 1e3)
+    even = (1 / 3, 1 / 3, 1 / 3)
+    np.testing.assert_allclose(duo.router_shares(logits, 1.0, prior=even), jax.nn.softmax(logits), rtol=1e-6)
+    hard = duo.router_shares(logits, 1e3, prior=even)
     np.testing.assert_allclose(hard, jax.nn.one_hot(duo.decide(logits), 3), atol=1e-6)
-    no_skip = duo.router_shares(logits, allow_skip=False)
+    no_skip = duo.router_shares(logits)
     assert (no_skip[:, duo.SKIP] == 0).all()
     np.testing.assert_allclose(no_skip[:, 1:], jax.nn.softmax(logits[:, 1:]), rtol=1e-6)
     assert duo.decide(logits, allow_skip=False).tolist() == [duo.BIG, duo.SMALL]
     assert duo.decide(logits).tolist() == [duo.SKIP, duo.SMALL]
     assert duo.decide(logits, -2.0).tolist() == [duo.BIG, duo.BIG]
+
+
+@pytest.mark.parametrize(("allow_skip", "want"), [(False, (0.0, 0.75, 0.25)), (True, (0.375, 0.375, 0.25))])
+def test_undecided_routers_meet_their_budget(allow_skip, want):
+    prior = duo.prior_of(0.25, allow_skip=allow_skip)
+    shares = duo.router_shares(jnp.zeros((2, 3, 4, 3)), 7.0, prior=prior)
+    np.testing.assert_allclose(shares[0, 0, 0], want, rtol=1e-6)
+    np.testing.assert_allclose(duo.budget_loss(shares, 0.25)[0], 0.0, atol=1e-12)
 
 
 def test_the_sharpness_rises_geometrically():
@@ -100,6 +109,7 @@ def test_the_mixture_adds_nothing_for_skipping():
         (lambda: duo.random_paths(jax.random.key(0), (2,), (0.5, 0.5)), "skip, small, big with sum 1"),
         (lambda: duo.router_shares(jnp.zeros((3, 2))), "one logit for each of.*got 2"),
         (lambda: duo.router_shares(jnp.zeros((3, 3)), 0.0), r"must be positive; got 0\.0"),
+        (lambda: duo.prior_of(1.0, allow_skip=False), r"between 0 and 1; got 1\.0"),
         (lambda: duo.budget_loss(jnp.zeros((1, 1, 1, 3)), 1.5), r"in 0\.\.1; got 1\.5"),
         (lambda: duo.calibrate(jnp.zeros(3), -0.1), r"in 0\.\.1; got -0\.1"),
     ],

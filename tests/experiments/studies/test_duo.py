@@ -11,6 +11,7 @@ from flax.core import meta
 
 from adaptive import flops
 from adaptive.width import duo
+from experiments import measure
 from experiments.studies import duo as study
 from experiments.studies import plots
 from experiments.studies.duo import budgets, depth, isoflop
@@ -80,7 +81,8 @@ def test_decoding_with_true_bytes_scores_them_as_the_whole_model_does():
     """And a schedule of half of the layers runs half of them, at the cost of other losses."""
     model = DecoderLM(vocab_size=40, width=16, depth=4, heads=2, mlp_dim=16)
     ids, labels = jax.random.randint(jax.random.key(0), (2, 3, 12), 3, 40)
-    params = meta.unbox(jax.jit(model.init)(jax.random.key(1), ids))["params"]
+    shapes = jax.eval_shape(lambda: meta.unbox(model.init(jax.random.key(1), ids))["params"])
+    params = measure.random_like(shapes, jax.random.key(2), deviation=0.3)
     found = {}
     for name, policy in (("all", None), ("half", SkipSchedule((2,) * 7))):
         own = model.clone(policy=policy)
@@ -88,7 +90,7 @@ def test_decoding_with_true_bytes_scores_them_as_the_whole_model_does():
             lambda p, own=own: depth._decode(own, p, depth._prefill(own, 6, 7, p, ids), ids[:, 5:], labels[:, 5:])
         )
         found[name] = run(params)
-    want = token_losses(model.apply({"params": params}, ids)[0], labels)[:, 5:]
+    want = jax.jit(lambda p: token_losses(model.apply({"params": p}, ids)[0], labels)[:, 5:])(params)
     np.testing.assert_allclose(found["all"][0].T, want, atol=1e-4)
     assert np.abs(found["half"][0].T - want).max() > 1e-3
     assert found["all"][2].tolist() == [7] * 4 and found["half"][2].tolist() == [7, 0, 0, 7]

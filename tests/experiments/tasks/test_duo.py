@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from adaptive.width import duo
 from experiments import config as config_lib
-from experiments import tasks
+from experiments import measure, tasks
 from experiments.rundir import apply_overrides
 
 BATCH = {
@@ -28,7 +28,9 @@ def build(**overrides):
 
 @pytest.fixture(scope="module")
 def params():
-    return meta.unbox(jax.jit(build().init)(jax.random.key(0), BATCH))["params"]
+    """Drawn, routers too, which start from zero: they prefer something then."""
+    shapes = jax.eval_shape(lambda: meta.unbox(build().init(jax.random.key(0), BATCH))["params"])
+    return measure.random_like(shapes, jax.random.key(9), deviation=0.3)
 
 
 def gradients(task, params, steps=(0,)):
@@ -49,16 +51,20 @@ def test_the_first_stage_trains_all_but_the_routers(params):
 
 def test_the_second_stage_trains_the_routers_alone_and_hardens_them(params):
     """The loss is that of the mixture plus alpha times the budget's; the routers sharpen from step to step."""
-    changes = {"steps": 100, "model.duo.sharpness": (1.0, 50.0), "model.duo.alpha": 3.0, "model.duo.budget": 0.0}
+    changes = {"steps": 100, "model.duo.sharpness": (1.0, 50.0), "model.duo.alpha": 3.0, "model.duo.budget": 0.25}
     task = build(**{"model.duo.stage": "router", **changes})
     first, last = gradients(task, params, steps=(0, 99))
     for path, gradient in first[2].items():
         assert bool(jnp.any(gradient != 0)) == ("router" in path), path
-    soft = jax.jit(lambda p, factor: task.model.apply({"params": p}, BATCH["decoder_input_ids"], factor, method="soft"))
+    soft = jax.jit(
+        lambda p, factor: task.model.apply(
+            {"params": p}, BATCH["decoder_input_ids"], factor, prior=(0.0, 0.75, 0.25), method="soft"
+        )
+    )
     for (value, metrics, _), factor in ((first, 1.0), (last, 50.0)):
         logits, shares = soft(params, factor)
         entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), BATCH["labels"][..., None], axis=-1).mean()
-        budget = jnp.mean(jnp.square(shares[..., duo.BIG].mean(axis=-1)))
+        budget = jnp.mean(jnp.square(shares[..., duo.BIG].mean(axis=-1) - 0.25))
         np.testing.assert_allclose(value, entropy + 3.0 * budget, rtol=1e-4)
         np.testing.assert_allclose(metrics["big_share"][0] / metrics["big_share"][1], shares[..., 2].mean(), rtol=1e-4)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a Hugging Face safetensors directory into a run to start from.
 
-Known are ByT5, T5 1.1, mT5 and MrT5 (task seq2seq), Llama and Qwen2 (language_modelling), ViT, DeiT and ViT-MAE (classification).
+Known are ByT5, T5 1.1, mT5 and MrT5 (task seq2seq), Llama and Qwen2 (language_modelling), ViT, DeiT, ViT-MAE (classification).
 
     python -m experiments.import_hf --model=byt5-small --workdir=runs/byt5
     python -m experiments.train --workdir=runs/byt5

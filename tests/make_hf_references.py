@@ -7,9 +7,9 @@
     python tests/make_hf_references.py mrt5 --mrt5-code=DIR
 
 `t5`, `vit` and `llama` (under tests/data/hf_llama) need torch 2.13.0, transformers 5.23.0 and safetensors; no part of the
-project does, and tests read the stored files only. `mrt5` needs DIR, a checkout of https://github.com/jkallini/mrt5, and the version of
-transformers that it names, 4.39.1, with torch 2.13.0: so it runs in an environment of its own, and the public code needs no
-change there.
+project does, and tests read the stored files only. `mrt5` needs DIR, a checkout of https://github.com/jkallini/mrt5, and the
+version of transformers that it names, 4.39.1, with torch 2.13.0: so it runs in an environment of its own, and the public code
+needs no change there.
 
 Each folder of tests/data/hf holds config.json and tensors as they are published, and references.npz: `input_ids [B, N]`,
 `attention_mask [B, N]`, `decoder_input_ids [B, T]`, and what the library computes from them in float32: "logits [B, T, V]"

@@ -20,6 +20,8 @@ from layers.vit import ViT
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "hf"
 NAMES = ("deit_distilled_small", "vit_in21k_small", "vit_mae_small", "vit_small")
+# The compiler takes most of the time here; without its optimisations it takes half.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 @functools.cache
@@ -48,7 +50,7 @@ def altered(folder, name, *, remove=(), tensors=None, **settings):
 def test_outputs_are_those_of_the_library(name, scan_layers):
     module, variables, _ = loaded(name, scan_layers=scan_layers)
     pixels, kind, want = references(name)
-    out, aux = jax.jit(module.apply)(variables, pixels)
+    out, aux = _jit(module.apply)(variables, pixels)
     got = aux["token_set"].features if kind == "tokens" else out
     assert np.std(want) > 0.1
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -76,7 +78,7 @@ def test_saving_writes_the_tensors_and_the_config_that_were_loaded(tmp_path, nam
 
 def test_a_module_that_never_was_a_checkpoint_comes_back_as_it_was(tmp_path):
     module = ViT(2, 8, 1, 2, 6, num_classes=3, image_size=(4, 6), channels=1, activation="relu")
-    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4, 6, 1)))
+    variables = _jit(module.init)(jax.random.key(0), jnp.zeros((1, 4, 6, 1)))
     described = hf.save(tmp_path / "out", module, variables)
     assert described["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     again, params, _ = hf.load(tmp_path / "out")
@@ -86,7 +88,7 @@ def test_a_module_that_never_was_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 def test_a_reduction_runs_on_an_imported_model():
     module, variables, _ = loaded("vit_small", hooks=(Reduce("tome", (8, 6)),))
-    logits, aux = jax.jit(module.apply)(variables, references("vit_small")[0])
+    logits, aux = _jit(module.apply)(variables, references("vit_small")[0])
     assert logits.shape == (2, 5) and aux["tokens"][:, 0].tolist() == [8, 6]
 
 
@@ -96,14 +98,14 @@ def test_another_number_of_classes_starts_a_new_classifier():
     same = loaded("vit_small")[1]["params"]
     np.testing.assert_array_equal(variables["params"]["class_token"], same["class_token"])
     module, variables, _ = loaded("vit_mae_small", num_classes=4, pool="mean")
-    logits, _ = jax.jit(module.apply)(variables, references("vit_mae_small")[0])
+    logits, _ = _jit(module.apply)(variables, references("vit_mae_small")[0])
     assert logits.shape == (2, 4)
 
 
 def test_features_come_without_classifier_or_pooler():
     for name in ("vit_small", "vit_in21k_small"):
         module, variables, _ = loaded(name, num_classes=0, representation=None)
-        features, aux = jax.jit(module.apply)(variables, references(name)[0])
+        features, aux = _jit(module.apply)(variables, references(name)[0])
         np.testing.assert_array_equal(features, aux["token_set"].features[:, 0])
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reductions by clusters against loops over lists, and their invariants."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from adaptive import registry
 from adaptive.tokens import Signals, TokenSet
 
 LENGTH, WIDTH = 12, 4
+# The compiler takes most of the time here; without its optimisations it takes half.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def draw(seed, lengths=(LENGTH, 9)):
@@ -21,7 +25,7 @@ def draw(seed, lengths=(LENGTH, 9)):
 
 
 def run(name, tokens, budget, cls_token=False, **hyper):
-    return jax.jit(lambda tokens: registry.get(name)(tokens, Signals(cls_token=cls_token), budget, **hyper))(tokens)
+    return _jit(lambda tokens: registry.get(name)(tokens, Signals(cls_token=cls_token), budget, **hyper))(tokens)
 
 
 def free_tokens(tokens, row, cls_token):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FiCoCo's three variants against loop-written formulas, and the special cases of its operator."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from adaptive.reduction import ficoco, match, select
 from adaptive.tokens import Signals, TokenSet
 
 BATCH, LENGTH, WIDTH, GRID = 2, 17, 3, (4, 4)
+# The compiler takes most of the time here; without its optimisations it takes half.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def draw(seed, lengths=(LENGTH, 13)):
@@ -77,7 +81,7 @@ def loop_ficoco_l(signals, row, real, visual_share, direct_share):
 @pytest.mark.parametrize("quantile", [0.998, 0.7, 0.0])
 def test_v_equals_the_formulas(quantile):
     tokens, signals = draw(0)
-    out = jax.jit(lambda t, s: registry.get("ficoco_v")(t, s, 9, quantile=quantile))(tokens, signals)
+    out = _jit(lambda t, s: registry.get("ficoco_v")(t, s, 9, quantile=quantile))(tokens, signals)
     for row in range(BATCH):
         importance, attention, real = loop_importance_v(tokens, signals, row, 0.35, 2, 2.0)
         want = loop_compress(importance, attention, real, 9, quantile)
@@ -88,7 +92,7 @@ def test_v_follows_its_hyper_parameters():
     tokens, signals = draw(1)
     for share, window, penalty in ((1.0, 2, 1.0), (0.6, 4, 8.0), (0.0, 1, 3.0)):
         hyper = dict(class_share=share, window=window, penalty=penalty)
-        out = jax.jit(lambda t, s, hyper=hyper: registry.get("ficoco_v")(t, s, 9, **hyper))(tokens, signals)
+        out = _jit(lambda t, s, hyper=hyper: registry.get("ficoco_v")(t, s, 9, **hyper))(tokens, signals)
         importance, attention, real = loop_importance_v(tokens, signals, 0, share, window, penalty)
         np.testing.assert_allclose(out.matrix()[0], loop_compress(importance, attention, real, 9, 0.998), atol=1e-6)
 
@@ -112,7 +116,7 @@ def test_the_penalty_spreads_removals_over_the_windows():
 def test_l_equals_the_formulas(visual_share, direct_share):
     tokens, signals = draw(3)
     hyper = dict(visual_share=visual_share, direct_share=direct_share, quantile=0.8)
-    out = jax.jit(lambda t, s: registry.get("ficoco_l")(t, s, 8, **hyper))(tokens, signals)
+    out = _jit(lambda t, s: registry.get("ficoco_l")(t, s, 8, **hyper))(tokens, signals)
     for row in range(BATCH):
         real = [i for i in range(1, LENGTH) if tokens.valid[row, i]]
         importance, correlation = loop_ficoco_l(signals, row, real, visual_share, direct_share)

@@ -15,6 +15,8 @@ from adaptive.reduction import combine, match, select
 from adaptive.tokens import DenseReduction, Signals, TokenSet
 
 BATCH, LENGTH, WIDTH = 2, 12, 5
+# The compiler takes most of the time here; without its optimisations it takes half.
+_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def draw(seed, lengths=(LENGTH, 9)):
@@ -30,7 +32,7 @@ def draw(seed, lengths=(LENGTH, 9)):
     return tokens, Signals(keys=jnp.asarray(keys), cls_attention=jnp.asarray(attention), cls_token=True)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(_jit, static_argnums=(2, 3))
 def prune_then_merge(tokens, signals, pruned, merged):
     """DiffRate's step from existing parts: `(pruning, merge of what it leaves)`, plain means, destinations by attention."""
     first = select.prune(signals.cls_attention, tokens, signals, pruned)
@@ -42,15 +44,15 @@ def prune_then_merge(tokens, signals, pruned, merged):
     return first, combine.weighted_mean(keep.slots, assign, left.valid)
 
 
-transform = jax.jit(combine.transform)
-product = jax.jit(lambda rows, partition: combine.transform(rows).then(combine.transform(partition)))
+transform = _jit(combine.transform)
+product = _jit(lambda rows, partition: combine.transform(rows).then(combine.transform(partition)))
 
 
 def one_hot(slots, length):
     return np.eye(length, dtype=np.float32)[np.maximum(slots, 0)] * (np.asarray(slots) >= 0)[..., None]
 
 
-@jax.jit
+@_jit
 def effect(reduction, tokens):
     reduced = reduction.apply(tokens)
     return reduction.matrix(), reduced, reduction.restore(reduced.features)
@@ -98,7 +100,7 @@ def test_pruning_and_then_merging_is_a_product_of_two_such_matrices(seed, counts
     tokens, signals = draw(seed)
     pruned, merged = counts
     first, second = prune_then_merge(tokens, signals, pruned, merged)
-    both = jax.jit(lambda first, second: first.then(second))(first, second)
+    both = _jit(lambda first, second: first.then(second))(first, second)
     rows = one_hot(first.slots, LENGTH)
     partition = np.swapaxes(one_hot(second.assign, merged), 1, 2)
     chain = product(jnp.asarray(rows), jnp.asarray(partition))
@@ -137,7 +139,7 @@ def numpy_many_to_many(tokens, signals, row, budget, temperature, importance, ow
 def test_many_to_many_equals_its_formula(temperature, importance, own):
     tokens, signals = draw(3)
     hyper = dict(temperature=temperature, importance=importance, own=own)
-    out = jax.jit(lambda t, s: registry.get("many_to_many")(t, s, 6, **hyper))(tokens, signals)
+    out = _jit(lambda t, s: registry.get("many_to_many")(t, s, 6, **hyper))(tokens, signals)
     for row in range(BATCH):
         want = numpy_many_to_many(tokens, signals, row, 6, temperature, importance, own)
         np.testing.assert_allclose(out.matrix()[row], want, atol=1e-6)
@@ -154,7 +156,7 @@ def test_many_to_many_that_keeps_all_of_its_own_is_pruning():
 
 def test_constant_tokens_stay_constant_and_order_does_not_matter():
     tokens, signals = draw(5, lengths=(LENGTH, LENGTH))
-    method = jax.jit(lambda t, s: registry.get("many_to_many")(t, s, 6))
+    method = _jit(lambda t, s: registry.get("many_to_many")(t, s, 6))
     constant = tokens.replace(features=jnp.ones_like(tokens.features))
     np.testing.assert_allclose(method(constant, signals).apply(constant).features, 1.0, atol=1e-6)
     order = np.concatenate([[0], 1 + np.random.default_rng(0).permutation(LENGTH - 1)])
@@ -170,7 +172,7 @@ def test_balancing_evens_out_what_tokens_contribute():
     spread = []
     for balance in (0, 1, 20):
         hyper = dict(own=0.0, balance=balance)
-        out = jax.jit(lambda t, s, hyper=hyper: registry.get("many_to_many")(t, s, 6, **hyper))(tokens, signals)
+        out = _jit(lambda t, s, hyper=hyper: registry.get("many_to_many")(t, s, 6, **hyper))(tokens, signals)
         np.testing.assert_allclose(np.asarray(out.matrix()).sum(2), 1.0, atol=1e-5)
         spread.append(np.ptp(np.asarray(out.matrix())[:, 1:, 1:].sum(1), axis=-1).max())
     assert spread[2] < 0.05 * spread[0] and spread[1] < spread[0]

@@ -23,7 +23,7 @@ LEARNED = "diffrate, learned"
 
 COLUMNS = (
     tables.Column("method", "method"),
-    tables.Column("target % of MACs", "target", 0),
+    tables.Column("target % of MACs", lambda row: round(row["target"])),
     tables.Column("MACs %", "macs_share", 1),
     tables.Column("accuracy %", "accuracy", 2),
     tables.Column("cross-entropy", "cross_entropy", 3),
@@ -39,7 +39,7 @@ SEARCH_COLUMNS = (
     tables.Column("tokens after each layer, by seed", lambda row: " ".join(map(str, row["counts"]))),
 )
 EQUAL_COLUMNS = (
-    tables.Column("target % of MACs", "target", 0),
+    tables.Column("target % of MACs", lambda row: round(row["target"])),
     tables.Column("diffrate, learned: MACs %", "learned_share", 2),
     tables.Column("tome, uniform: MACs %", "tome_share", 2),
     tables.Column("diffrate, learned: accuracy %", "learned", 2),

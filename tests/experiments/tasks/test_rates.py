@@ -20,6 +20,7 @@ CONFIG = "configs/diffrate/digits.py:rates,runlocal"
 @functools.cache
 def _world():
     overrides = {"data.image_size": 32, "model.width": 16, "model.mlp_dim": 32, "model.rates.target": 0.8}
+    overrides |= {"model.rates.first": 1, "model.rates.price": "both"}
     task = tasks.build(apply_overrides(config_lib.load(CONFIG), overrides))
     rng = np.random.default_rng(0)
     batch = {

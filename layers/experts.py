@@ -96,7 +96,7 @@ class GroupedMlp(nn.Module):
     """
 
     hidden: int
-    settings: GroupedParts
+    settings: ExpertParts | DynamicParts
     activation: str = "gelu"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -121,17 +121,13 @@ class GroupedMlp(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class GroupedParts(Parts):
-    """Feed-forward layers in groups; projections stay dense.
+    """Feed-forward layers in groups by the `router` of a subclass; projections stay dense.
 
     Attributes:
       groups: K of each layer.
     """
 
     groups: int = 4
-
-    def router(self, **options: Any) -> nn.Module:
-        """`[B, N, D] -> [B, N, K]`."""
-        raise NotImplementedError
 
     def mlp(self, hidden: int, **options: Any) -> nn.Module:
         """A layer in groups, in place of a dense one."""

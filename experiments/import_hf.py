@@ -70,7 +70,9 @@ class _Kind:
 
 _KINDS = {
     T5: _Kind("seq2seq", "span_corruption", "adafactor", ("rungs", "capacity", "remat", "scan_layers"), ("deletion",)),
-    DecoderLM: _Kind("language_modelling", "next_token", "adamw", ("remat",), ("losses", "exit_losses", "skip")),
+    DecoderLM: _Kind(
+        "language_modelling", "next_token", "adamw", ("remat",), ("losses", "exit_losses", "skip", "skip_training")
+    ),
 }
 
 
@@ -191,7 +193,7 @@ def _decoder_section(module: DecoderLM, recipe: Mapping[str, Any]) -> ConfigDict
     names = {field.name for field in dataclasses.fields(module)} - NOT_OF_A_SECTION
     section = {name: value for name in sorted(names) if (value := getattr(module, name)) is not None}
     section["rotary_scaling"] = dataclasses.asdict(module.rotary_scaling) if module.rotary_scaling else {}
-    tasks_own = {"losses": {}, "exit_losses": "", "skip": {}}
+    tasks_own = {"losses": {}, "exit_losses": "", "skip": {"counts": (), "bottom": 1}, "skip_training": False}
     return ConfigDict({**section, **{name: recipe.get(name, value) for name, value in tasks_own.items()}})
 
 

@@ -100,7 +100,8 @@ class RoutedBlock(Block):
     ) -> tuple[Float[Array, "B N D"], dict[str, Any]]:
         """Features after the block, and what its feed-forward part hands out for the tokens that ran, packed.
 
-        With it come "ran" `[B, N]`, the tokens that ran, and "losses" with the pair "router" of the predictor.
+        With it come "ran" `[B, N]`, the tokens that ran; "losses" with the pair "router" of the predictor; and
+        "predictor_accuracy", tokens of each row on which it agrees with the top-k, and tokens, both `[B]`.
         """
         x, _, _, aux = self._routed(x, stream, inputs, deterministic)
         return x, aux
@@ -174,7 +175,7 @@ class RoutedBlock(Block):
         put = jax.vmap(lambda old, where, new: old.at[where].set(new, mode="drop"))
         x, ran = put(x, where, y), put(jnp.zeros_like(chosen), where, taken)
         losses = {"router": mod.router_loss(predicted, best, valid)}
-        right = jnp.sum(((predicted > 0) == best) & valid), jnp.sum(valid)
+        right = jnp.sum(((predicted > 0) == best) & valid, axis=1), jnp.sum(valid, axis=1)
         return x, memory, taken, aux | {"ran": ran, "losses": losses, "predictor_accuracy": right}
 
     def run_rows(

@@ -4,25 +4,29 @@
     python -m experiments.train --config=configs/decoder/text.py --workdir=runs/decoder
     python -m experiments.train --config=configs/decoder/text.py:path=BOOKS --workdir=runs/books
     python -m experiments.train --config=configs/decoder/text.py:share=0.125 --workdir=runs/mixture_of_depths
+    python -m experiments.train --config=configs/decoder/text.py:skip=2 --workdir=runs/skip_decode
     python -m experiments.train --config=configs/decoder/text.py:exit_losses=rising --workdir=runs/calm
     python -m experiments.train --config=configs/decoder/text.py:runlocal --workdir=runs/try
     python -m experiments.generate --workdir=runs/decoder --text="import "
 
 The text is the running Python's own standard library unless `path` names text files. No paper has this model: it is what
 learns to spell within minutes on two CPU cores. With `share` every other block is a routed one of Mixture-of-Depths, that runs
-for this share of the tokens; `exit_losses` trains every layer to predict ("rising"), or also a classifier that says where a
-token may stop ("classifier"), as confidence exits need.
+for this share of the tokens; with `skip` later tokens run in fewer layers, `depth / skip` on average (SkipDecode);
+`exit_losses` trains every layer to predict ("rising"), or also a classifier that says where a token may stop ("classifier"),
+as confidence exits need.
 """
 
 from ml_collections import ConfigDict
 
+from adaptive.depth.skip_decode import counts_for_speedup
 from experiments.config import base_config, parse_arg
 from experiments.data import resolve
+from experiments.tasks.models import routing_section
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, share=0.0, exit_losses="", path="", runlocal=False)
+    given = parse_arg(arg, share=0.0, skip=0.0, exit_losses="", path="", runlocal=False)
     config = base_config()
     config.task = "language_modelling"
     config.model = ConfigDict(
@@ -36,8 +40,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
             tie_embeddings=True,
             exit_losses=given.exit_losses,
             exit_classifier=given.exit_losses == "classifier",
-            routing=dict(share=given.share, every=2) if given.share else {},
+            routing=routing_section(share=given.share),
             losses=dict(router=1.0) if given.share else {},
+            skip=dict(counts=(), bottom=1),
+            skip_training=bool(given.skip),
         )
     )
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
@@ -57,4 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.steps, config.batch_size, config.eval.every, config.checkpoint.every = 2, 8, 2, 2
         config.eval.batches = 1
         config.optimizer.warmup = 1
+    if given.skip:
+        counts = counts_for_speedup(config.model.depth, given.skip, horizon=config.data.length)
+        config.model.skip.counts = counts
     return config

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from adaptive import flops
-from adaptive.depth import calm
+from adaptive.depth import calm, skip_decode
 from experiments import data
 from experiments.tasks.models import build_decoder
 from layers.decoder_lm import DecoderLM
@@ -31,14 +32,19 @@ class LanguageModelling:
       losses: `((name, weight), ...)` of `aux["losses"]`; those without a weight do not count.
       exit_losses: "" trains the last layer's prediction alone; "rising" all layers', by `calm.layer_weights`, so that a token
         may stop at any of them; "classifier" also trains the classifier of exits, which does not move the model.
+      skip_training: trains in the layers of the model's schedule by position, a sequence being taken for a generation from its
+        first token on; evaluation always does, where there is a schedule.
     """
 
     model: DecoderLM
     length: int
     losses: tuple[tuple[str, float], ...] = ()
     exit_losses: str = ""
+    skip_training: bool = False
 
     def __post_init__(self) -> None:
+        if self.skip_training and self.model.policy is None:
+            raise ValueError("config.model.skip_training needs a schedule in config.model.skip")
         if self.exit_losses not in EXIT_LOSSES:
             raise ValueError(f"config.model.exit_losses is {self.exit_losses!r}; one of {EXIT_LOSSES}")
         if (self.exit_losses == "classifier") != self.model.exit_classifier:
@@ -62,7 +68,8 @@ class LanguageModelling:
             )
         losses = tuple(sorted(dict(config.model.get("losses", {})).items()))
         model = build_decoder(config.model, dtype=config.dtype)
-        return cls(model, settings.length, losses, config.model.get("exit_losses", ""))
+        options = {name: config.model[name] for name in ("exit_losses", "skip_training") if name in config.model}
+        return cls(model, settings.length, losses, **options)
 
     @property
     def tokens_per_example(self) -> int:
@@ -71,11 +78,15 @@ class LanguageModelling:
 
     def dense(self) -> LanguageModelling:
         """The same task without adaptivity; the parameters fit."""
-        return dataclasses.replace(self, model=self.model.clone(routing=None, policy=None), losses=())
+        dense = self.model.clone(routing=None, policy=None)
+        return dataclasses.replace(self, model=dense, losses=(), skip_training=False)
 
     def count(self, metrics: dict[str, float]) -> flops.Count:
-        """MACs of one sequence, from the tokens that routed blocks ran for; their router and predictor are not counted."""
+        """MACs of one sequence, from the tokens that each layer runs for; router and predictor of routed blocks not counted."""
         model, routing = self.model, self.model.routing
+        if model.policy is not None:
+            # The tokens of a layer come first, since schedules fall, and attend to each other.
+            return flops.count(model, tokens=self.length, counts=self._active().sum(axis=(1, 2)).tolist())
         if routing is None:
             return flops.count(model, tokens=self.length)
         routed = [routing.acts(layer) for layer in range(model.depth)]
@@ -102,6 +113,7 @@ class LanguageModelling:
         logits, aux = self.model.apply(
             {"params": params},
             batch["input_ids"],
+            active=self._active() if self.skip_training else None,
             output_hidden_states=bool(self.exit_losses),
             deterministic=not train,
             rngs={"dropout": rng},
@@ -143,20 +155,35 @@ class LanguageModelling:
         return extra
 
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
-        """Cross-entropy, bits a token (bits per byte, where tokens are bytes), accuracy, and tokens that a layer runs for."""
+        """Cross-entropy, bits a token (bits per byte, where tokens are bytes), accuracy, and tokens that a layer runs for.
+
+        Of routed blocks also how often the predictor agrees with the top-k. Their quality in decoding is that of
+        `model.routing.choice="predictor"`.
+        """
         del extra
-        logits, aux = self.model.apply({"params": params}, batch["input_ids"])
+        logits, aux = self.model.apply({"params": params}, batch["input_ids"], active=self._active())
         losses, mask = token_losses(logits, batch["labels"])
         weight = batch["weight"][:, None]
         total, count = jnp.sum(losses * weight), jnp.sum(mask * weight)
         right = (jnp.argmax(logits, axis=-1) == batch["labels"]) * mask
         tokens = jnp.mean(aux["tokens"].astype(jnp.float32), axis=0)
+        agreed = [own["predictor_accuracy"] for own in aux["feed_forward"] if "predictor_accuracy" in own]
+        predictor = tuple(jnp.sum(sum(own) * batch["weight"]) for own in zip(*agreed, strict=True))
         return {
             "cross_entropy": (total, count),
             "bits_per_byte": (_LOG2E * total, count),
             "token_accuracy": (jnp.sum(right * weight), count),
             "tokens_a_layer": (jnp.sum(tokens * batch["weight"]), jnp.sum(batch["weight"])),
+            **({"predictor_accuracy": predictor} if agreed else {}),
         }
+
+    def _active(self) -> Any:
+        """Layers that the schedule has for each token, `[L, 1, N]`; None without one."""
+        policy = self.model.policy
+        if policy is None:
+            return None
+        table = skip_decode.active_layers(policy.counts, self.model.depth, bottom=policy.bottom)
+        return jnp.asarray(table[np.minimum(np.arange(self.length), len(table) - 1)].T[:, None])
 
     @staticmethod
     def _handed(aux: dict[str, Any], name: str) -> tuple[Any, Any]:

@@ -141,22 +141,32 @@ def build_duo_lm(section: Mapping[str, Any], *, dtype: str) -> DuoLM:
 
 
 def build_decoder(section: Mapping[str, Any], *, dtype: str) -> DecoderLM:
-    """The decoder of a model section; empty sections `rotary_scaling`, `routing` and `skip` are none.
+    """The decoder of a model section, with its parts `rotary_scaling`, `routing` and `skip`.
 
     `routing` holds the attributes of `layers.mixture_of_depths.MixtureOfDepths`, `skip` those of
-    `layers.early_exit.SkipSchedule`.
+    `layers.early_exit.SkipSchedule`; a part whose first attribute is 0 or empty is none.
 
     Raises:
       ValueError: unknown keys, and what those refuse.
     """
     parts = {"rotary_scaling": Llama3Scaling, "routing": MixtureOfDepths, "skip": SkipSchedule}
-    attributes = _attributes(DecoderLM, section, ("losses", "exit_losses", *parts))
+    attributes = _attributes(DecoderLM, section, ("losses", "exit_losses", "skip_training", *parts))
     built = {name: _part(name, kind, dict(section.get(name, {}))) for name, kind in parts.items()}
     attributes |= dict(rotary_scaling=built["rotary_scaling"], routing=built["routing"], policy=built["skip"])
     return DecoderLM(**attributes, dtype=jnp.dtype(dtype))
 
 
+def routing_section(**values: Any) -> dict[str, Any]:
+    """The `routing` section of a decoder's model config, with `values` in place of the defaults (a share of 0 is none)."""
+    defaults = {field.name: field.default for field in dataclasses.fields(MixtureOfDepths)} | {"share": 0.0}
+    check_keys("model.routing", values, defaults)
+    return {**defaults, **values}
+
+
 def _part(name: str, kind: type, section: Mapping[str, Any]) -> Any:
-    """`kind` with the values of a section, or None for an empty one."""
-    check_keys(f"model.{name}", section, (field.name for field in dataclasses.fields(kind)))
-    return kind(**{key: _plain(value) for key, value in section.items()}) if section else None
+    """`kind` with the values of a section, or None where its first attribute is 0, empty or not there."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+    check_keys(f"model.{name}", section, fields)
+    if not section.get(fields[0]):
+        return None
+    return kind(**{key: _plain(value) for key, value in section.items()})

@@ -24,12 +24,11 @@ STREAM = Stream.create(jnp.zeros((3, 8), int), MASK)
 
 
 def unboxed(block):
-    return meta.unbox(block.init(jax.random.key(0), X, STREAM))
+    return jax.jit(lambda: meta.unbox(block.init(jax.random.key(0), X, STREAM)))()
 
 
-@pytest.mark.parametrize("weight", ["linear", "sigmoid"])
-def test_packed_tokens_equal_a_masked_dense_block_and_others_are_untouched(weight):
-    block = RoutedBlock(1, **SIZES, routing=MixtureOfDepths(share=0.4, weight=weight))
+def test_packed_tokens_equal_a_masked_dense_block_and_others_are_untouched():
+    block = RoutedBlock(1, **SIZES, routing=MixtureOfDepths(share=0.4))
     variables = unboxed(block)
     out, aux = jax.jit(block.apply)(variables, X, STREAM)
     logits = np.asarray(X @ variables["params"]["router"]["kernel"])[..., 0]
@@ -41,9 +40,8 @@ def test_packed_tokens_equal_a_masked_dense_block_and_others_are_untouched(weigh
     np.testing.assert_array_equal(aux["ran"], taken)
     np.testing.assert_array_equal(np.asarray(out)[~taken], np.asarray(X)[~taken])
     plain = Block(1, **SIZES)
-    dense = plain.apply(variables, X, STREAM.replace(valid=jnp.asarray(taken)))[0]
-    scale = logits if weight == "linear" else 1 / (1 + np.exp(-logits))
-    want = X + scale[..., None] * (dense - X)
+    dense = jax.jit(plain.apply)(variables, X, STREAM.replace(valid=jnp.asarray(taken)))[0]
+    want = X + logits[..., None] * (dense - X)
     np.testing.assert_allclose(np.asarray(out)[taken], np.asarray(want)[taken], rtol=1e-4, atol=1e-5)
     predicted = block.apply(variables, X, method=lambda block, x: block.predictor(x))
     losses = np.logaddexp(0, predicted) - predicted * taken
@@ -57,8 +55,8 @@ def test_all_tokens_with_a_weight_of_one_are_the_dense_block():
     # A logit of 40 for every token: the sigmoid is 1.
     x = X.at[..., 0].set(1.0)
     variables["params"]["router"]["kernel"] = jnp.zeros((16, 1)).at[0].set(40.0)
-    out, aux = block.apply(variables, x, STREAM)
-    dense = Block(1, **SIZES).apply(variables, x, STREAM)[0]
+    out, aux = jax.jit(block.apply)(variables, x, STREAM)
+    dense = jax.jit(Block(1, **SIZES).apply)(variables, x, STREAM)[0]
     mask = np.asarray(MASK)
     np.testing.assert_allclose(np.asarray(out)[mask], np.asarray(dense)[mask], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(aux["ran"], MASK)
@@ -67,6 +65,9 @@ def test_all_tokens_with_a_weight_of_one_are_the_dense_block():
 MODEL = DecoderLM(vocab_size=11, width=16, depth=2, heads=2, mlp_dim=24, kv_heads=1, routing=MixtureOfDepths(share=0.4))
 VARIABLES = random_variables(MODEL, IDS)
 SAMPLING = MODEL.clone(routing=dataclasses.replace(MODEL.routing, choice="predictor"))
+
+
+STEP = jax.jit(functools.partial(MODEL.apply, method="decode_step"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,9 +91,8 @@ def test_steps_give_the_logits_of_the_whole_sequence_that_the_predictor_routes(s
     whole, aux = apply(SAMPLING, IDS)
     assert 0 < int(aux["tokens"][1].sum()) < IDS.size
     cache, ids = generation.prefill(MODEL, 4, VARIABLES, *prompts(side))
-    step = jax.jit(functools.partial(MODEL.apply, method="decode_step"))
     for position in range(4):
-        found, cache = step(VARIABLES, cache, ids, jnp.int32(position))
+        found, cache = STEP(VARIABLES, cache, ids, jnp.int32(position))
         for row, length in enumerate(LENGTHS):
             np.testing.assert_allclose(found[row], whole[row, length + position - 1], rtol=1e-4, atol=1e-5)
         ids = jnp.stack([IDS[row, length + position] for row, length in enumerate(LENGTHS)])

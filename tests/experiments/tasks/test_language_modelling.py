@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Next-token training: losses of the parts of a decoder, compute of routed blocks, and what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
 
-from adaptive.depth import calm
+from adaptive.depth import calm, skip_decode
 from configs.decoder import text
 from experiments import tasks
+from experiments.tasks.language_modelling import token_losses
 
 BATCH = {
     "input_ids": jnp.asarray(np.random.default_rng(0).integers(3, 259, (2, 16))),
@@ -20,7 +23,7 @@ BATCH = {
 
 def build(arg):
     task = tasks.build(text.get_config(f"{arg},runlocal" if arg else "runlocal"))
-    params = meta.unbox(task.init(jax.random.key(0), BATCH))["params"]
+    params = jax.jit(lambda: meta.unbox(task.init(jax.random.key(0), BATCH))["params"])()
     return task, params
 
 
@@ -68,9 +71,32 @@ def test_a_routed_model_counts_the_tokens_that_ran_and_pays_for_its_predictor():
     np.testing.assert_allclose(value - plain, metrics["router"][0] / 28, rtol=1e-5)
     found = {name: float(total / count) for name, (total, count) in task.eval_step(params, BATCH, extra={}).items()}
     assert found["tokens_a_layer"] == (16 + 4) / 2
+    states = task.model.apply({"params": params}, BATCH["input_ids"], output_hidden_states=True)[1]["hidden_states"]
+    own, x = jax.tree.map(np.asarray, params["block_1"]), np.asarray(states[1])
+    y = x @ own["predictor"]["hidden"]["kernel"]
+    scores = (y / (1 + np.exp(-y)) @ own["predictor"]["out"]["kernel"])[..., 0]
+    best = np.argsort(np.argsort(-(x @ own["router"]["kernel"])[..., 0])) < 4
+    assert found["predictor_accuracy"] == np.mean((scores > 0) == best)
     count, dense = task.count(found), task.dense().count(found)
     np.testing.assert_allclose(count.blocks["mlp"], dense.blocks["mlp"] * (1 + 0.25) / 2)
     assert task.dense().eval_step(params, BATCH, extra={})["tokens_a_layer"][0] == 32
+
+
+def test_a_schedule_trains_and_evaluates_each_place_in_its_own_layers():
+    task, params = build("skip=1.3")
+    counts = task.model.policy.counts
+    active = skip_decode.active_layers(counts, 2).T
+    assert 16 < active.sum() < 32
+    logits = task.model.apply({"params": params}, BATCH["input_ids"], active=jnp.asarray(active[:, None]))[0]
+    own = token_losses(logits, BATCH["labels"])[0].sum() / 28
+    np.testing.assert_allclose(loss(task, params)[0], own, rtol=1e-5)
+    whole = dataclasses.replace(task, skip_training=False)
+    assert not np.allclose(loss(whole, params)[0], own, rtol=1e-5)
+    found = task.eval_step(params, BATCH, extra={})
+    np.testing.assert_allclose(found["cross_entropy"][0] / 28, own, rtol=1e-5)
+    assert found["tokens_a_layer"][0] / 2 == active.sum() / 2
+    few, many = task.count({}).blocks["mlp"], task.dense().count({}).blocks["mlp"]
+    assert few / many == active.sum() / 32
 
 
 def test_what_does_not_fit_is_refused():
@@ -89,8 +115,12 @@ def test_what_does_not_fit_is_refused():
     config.model.skip = {"counts": (1, 2)}
     with pytest.raises(ValueError, match="must not rise"):
         tasks.build(config)
-    config.model.skip = {"layers": (1, 2)}
+    config.model.skip = {"counts": (2, 1), "layers": (1, 2)}
     with pytest.raises(ValueError, match=r"config\.model\.skip\.layers does not exist"):
+        tasks.build(config)
+    config = text.get_config("runlocal")
+    config.model.skip_training = True
+    with pytest.raises(ValueError, match="skip_training needs a schedule"):
         tasks.build(config)
     config = text.get_config("runlocal")
     config.data = {"source": "text", "objective": "next_byte"}

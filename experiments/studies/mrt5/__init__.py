@@ -48,7 +48,7 @@ _SMALL = {
 }
 _SPELLING = {"model.width": 96, "model.heads": 3, "model.rungs": (8, 16, 24, 32), "data.inputs_length": 32}
 _SPELLING |= {"data.targets_length": 32}
-_SEARCH = {"model.width": 96, "model.heads": 3, "model.rungs": (16, 24, 32, 48, 64), "data.inputs_length": 64}
+_SEARCH = {"model.width": 96, "model.heads": 3, "model.rungs": (16, 24, 32, 48, 64, 80), "data.inputs_length": 80}
 
 # Name in the tables, share to remove or None, argument of the config, overrides.
 NEIGHBOURS = (

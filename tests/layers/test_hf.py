@@ -467,7 +467,7 @@ def test_variables_that_do_not_fit_the_module_are_not_saved(tmp_path):
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             hf.save(tmp_path / "out", module, {"params": wrong}, config)
-    with pytest.raises(ValueError, match=r"a Dense has no Hugging Face form; those with one: T5, ViT"):
+    with pytest.raises(ValueError, match=r"a Dense has no Hugging Face form; those with one: T5, DecoderLM, ViT"):
         hf.save(tmp_path / "out", nn.Dense(2), variables)
     assert not (tmp_path / "out").exists()
 

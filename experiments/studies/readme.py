@@ -38,7 +38,9 @@ def bench_summary(results: epath.Path) -> None:
             row = json.loads(line)
             if "density" in row:
                 row["shape"] += f", density {row['density']:g}"
-            newest[row["name"], row["shape"], row.get("part"), row["device"], row["dtype"]] = row
+            # What a row is of: a part of a model, or one of the methods that a benchmark compares.
+            row["part"] = row.get("part", row.get("method", "-"))
+            newest[row["name"], row["shape"], row["part"], row["device"], row["dtype"]] = row
     if newest:
         body = [[row.get(column, "-") for column in BENCH_COLUMNS] for row in newest.values()]
         (results / "bench" / "summary.md").write_text(tabulate(body, BENCH_COLUMNS, tablefmt="github") + "\n")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Both targets need nothing but Python 3.11 to 3.13; they make a virtual environment of their own in .venv.
-#   make reproduce    the headline tables on embedded data (about 10 minutes on two CPU cores)
+#   make reproduce    the headline tables on embedded data (about 20 minutes on four CPU cores)
 #   make test         the whole test suite
 #   make lint         ruff, with the settings of pyproject.toml
 

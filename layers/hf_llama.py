@@ -9,13 +9,13 @@ Source: parameter names and settings of transformers 4.39 to 5.23, which moved `
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import jax.numpy as jnp
 
 from layers.decoder_lm import DecoderLM
+from layers.hf_config import sizes
 from layers.hf_leaf import Leaf
 from layers.rotary import Llama3Scaling
 
@@ -56,14 +56,9 @@ def build(config: Mapping[str, Any], **overrides: Any) -> DecoderLM:
     Raises:
       ValueError: a setting that DecoderLM cannot express, a missing size, or an override that is no attribute.
     """
-    known = {field.name for field in dataclasses.fields(DecoderLM)}
-    if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"DecoderLM has no attribute {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    if missing := [key for key in _SIZES.values() if key not in config]:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    attributes = sizes(DecoderLM, config, overrides, _SIZES)
     _check_supported(config)
     rope = _rope(config)
-    attributes = {name: config[key] for name, key in _SIZES.items()}
     attributes |= {
         "kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],

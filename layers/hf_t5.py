@@ -19,7 +19,6 @@ Source: parameter names and settings of transformers 4.39 to 5.23, and of the pu
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 
 from adaptive import registry
 from adaptive.deletion import gate as deletion_gate
+from layers.hf_config import sizes
 from layers.hf_leaf import Leaf
 from layers.t5 import T5
 
@@ -83,13 +83,8 @@ def build(config: Mapping[str, Any], **overrides: Any) -> T5:
     Raises:
       ValueError: a setting that T5 cannot express, a missing size, or an override that is no attribute.
     """
-    known = {field.name for field in dataclasses.fields(T5)}
-    if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"T5 has no attribute {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    if missing := [key for key in _SIZES.values() if key not in config]:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    attributes = sizes(T5, config, overrides, _SIZES)
     _check_supported(config)
-    attributes = {name: config[key] for name, key in _SIZES.items()}
     attributes |= {name: config.get(key, default) for name, (key, default) in _SETTINGS.items()}
     attributes["softmax"] = "off_by_one" if config.get("use_softmax1") else "standard"
     attributes["decoder_layers"] = (

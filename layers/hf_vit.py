@@ -15,12 +15,12 @@ Source: parameter names and settings of transformers 4.39 to 5.23.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import jax.numpy as jnp
 
+from layers.hf_config import sizes
 from layers.hf_leaf import Leaf, PatchLeaf
 from layers.vit import ViT
 
@@ -72,13 +72,8 @@ def build(config: Mapping[str, Any], **overrides: Any) -> ViT:
     Raises:
       ValueError: a setting that ViT cannot express, a missing size, or an override that is no attribute.
     """
-    known = {field.name for field in dataclasses.fields(ViT)}
-    if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"ViT has no attribute {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    if missing := [key for key in (*_SIZES.values(), "image_size") if key not in config]:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    attributes = sizes(ViT, config, overrides, _SIZES, ("image_size",))
     architecture = _architecture(config)
-    attributes = {name: config[key] for name, key in _SIZES.items()}
     attributes |= {name: config.get(key, default) for name, (key, default) in _SETTINGS.items()}
     attributes |= {
         "patch_size": _side(config["patch_size"]),

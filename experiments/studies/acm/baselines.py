@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments import tasks
 from experiments.studies.acm.runs import Runs
-from experiments.studies.mrt5.runs import graft
+from experiments.studies.graft import graft
 from experiments.tasks.acm import Acm
 from experiments.tasks.width import DynamicWidth, Grouped, RouterTraining, moefy, with_routers
 from layers.experts import DynamicParts, ExpertParts

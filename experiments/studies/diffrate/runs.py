@@ -18,7 +18,7 @@ from experiments import data, search, tasks, train
 from experiments.evaluate import assess
 from experiments.progress import Progress
 from experiments.rundir import apply_overrides
-from experiments.studies.mrt5.runs import graft
+from experiments.studies.graft import graft
 from experiments.studies.study import Context
 from experiments.tasks.rates import LearnRates
 from experiments.train import TrainResult

@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the MrT5 study: comparisons at equal length, tables by language and kind, parameters carried over."""
+"""The parts of the MrT5 study: comparisons at equal length, tables by language and kind."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from etils import epath
 
-from experiments import reproduce, tasks
-from experiments.config import load
+from experiments import reproduce
 from experiments.rundir import apply_overrides
 from experiments.studies import plots
 from experiments.studies.mrt5 import SUITES, characters, languages, published, trade_off
-from experiments.studies.mrt5.runs import graft
 from experiments.studies.study import Context
 from tests.experiments import tiny_data
 
@@ -86,28 +81,6 @@ def test_published_figures_are_marked_and_keep_their_relations():
     # 32.27 % of ByT5's time is saved at a target of one half.
     assert 1 - 1 / learned[0.5]["realised"] == pytest.approx(0.3227, abs=2e-3)
     assert sorted(learned, key=lambda rate: -learned[rate]["kept"]) == sorted(learned)
-
-
-def test_a_graft_keeps_trained_parameters_and_makes_the_missing_ones():
-    small = {key: value for key, value in TINY.items() if not key.startswith("eval")}
-    dense = load("configs/mrt5/continuation.py:gate=no_deletion", small)
-    gated = load("configs/mrt5/continuation.py:gate=mrt5", small)
-    task, dataset = tasks.build(dense), np.zeros((2, 48), np.int32)
-    batch = {"input_ids": dataset + 5, "decoder_input_ids": dataset[:, :16]}
-    trained = jax.tree.map(lambda x: jnp.full(x.shape, 7.0), task.init(jax.random.key(1), batch))["params"]
-    trained = jax.tree.map(lambda box: box.value if hasattr(box, "value") else box, trained, is_leaf=_boxed)
-    found = graft(gated, trained)
-    assert set(found) == {*trained, "delete_gate"}
-    chosen = found["encoder_0"]["mlp"]
-    assert all(np.all(np.asarray(leaf) == 7.0) for leaf in jax.tree.leaves(chosen))
-    assert not np.any(np.asarray(found["delete_gate"]["logit"]["kernel"]) == 7.0)
-    wide = load("configs/mrt5/continuation.py:gate=mrt5", {**small, "model.width": 48})
-    with pytest.raises(ValueError, match=r"is \(.*32.*\) in the trained model, \(.*48.*\) here"):
-        graft(wide, trained)
-
-
-def _boxed(value):
-    return hasattr(value, "value") and hasattr(value, "names")
 
 
 def _context(tmp_path, settings, **more):

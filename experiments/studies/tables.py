@@ -13,6 +13,9 @@ from typing import Any
 from etils import epath
 from tabulate import tabulate
 
+# Instead of a figure, where a method has no setting at the compute or the length that others are compared at.
+BEYOND = "beyond its reach"
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:

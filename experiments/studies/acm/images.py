@@ -13,7 +13,7 @@ from experiments import tasks
 from experiments.studies import plots, tables
 from experiments.studies.acm import pictures
 from experiments.studies.acm.baselines import BASELINES
-from experiments.studies.acm.runs import Runs, at_equal_compute
+from experiments.studies.acm.runs import Runs, at_equal_compute, where_reached
 from experiments.studies.study import Context
 from experiments.tasks.acm import Acm
 
@@ -35,8 +35,8 @@ EQUAL_COLUMNS = (
     tables.Column("MMACs / image", "mmacs", 2),
     tables.Column("acm accuracy %", "accuracy", 2),
     tables.Column("against", "other"),
-    tables.Column("its accuracy % at that compute", "reached", 2),
-    tables.Column("acm above by, points", "gain", 2),
+    tables.Column("its accuracy % at that compute", where_reached("reached"), 2),
+    tables.Column("acm above by, points", where_reached("gain"), 2),
     tables.Column("seeds in which acm is above", "above"),
 )
 EQUAL_TITLE = (

@@ -15,6 +15,7 @@ from experiments import data, train
 from experiments.acm import Phases
 from experiments.evaluate import assess
 from experiments.rundir import apply_overrides
+from experiments.studies import tables
 from experiments.studies.study import Context
 from experiments.tasks.acm import loads
 from experiments.train import TrainResult
@@ -137,6 +138,11 @@ def at_equal_compute(
         gain = None if value is None else (row[quality] - value) * (1 if higher else -1)
         found.append({**row, "other": other, "reached": value, "gain": gain})
     return found
+
+
+def where_reached(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """Of a table's row: an entry that is None where the other method cannot go."""
+    return lambda row: tables.BEYOND if row[name] is None else row[name]
 
 
 def _best_so_far(curve: list[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:

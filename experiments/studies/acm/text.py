@@ -15,7 +15,7 @@ from experiments.studies import plots, tables
 from experiments.studies.acm import pictures
 from experiments.studies.acm.baselines import uniform
 from experiments.studies.acm.images import acm_rows, dense_row
-from experiments.studies.acm.runs import Runs, at_equal_compute
+from experiments.studies.acm.runs import Runs, at_equal_compute, where_reached
 from experiments.studies.study import Context
 
 COLUMNS = (
@@ -35,8 +35,8 @@ EQUAL_COLUMNS = (
     tables.Column("MMACs / sequence", "mmacs", 2),
     tables.Column("acm bits per byte", "bits_per_byte", 3),
     tables.Column("against", "other"),
-    tables.Column("its bits per byte at that compute", "reached", 3),
-    tables.Column("acm lower by", "gain", 3),
+    tables.Column("its bits per byte at that compute", where_reached("reached"), 3),
+    tables.Column("acm lower by", where_reached("gain"), 3),
 )
 EQUAL_TITLE = "Bits per byte at equal compute, interpolated seed by seed; 'not run' below the other's cheapest setting."
 

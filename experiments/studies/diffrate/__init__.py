@@ -30,12 +30,12 @@ SUITES: dict[str, dict[str, Any]] = {
             "digits": dict(
                 **_DIGITS,
                 base={"steps": 700},
-                learn={"steps": 60},
+                learn={},
                 tune={"steps": 40, "optimizer.peak": 5e-4, "optimizer.warmup": 5},
-                budgets=(0.8, 0.6, 0.4),
+                budgets=(0.7, 0.5),
                 tuned_budgets=(),
                 baselines=("tome", "class_attention"),
-                search=dict(budget=0.6, trials=16, examples=256, methods=("evopress",)),
+                search=dict(budget=0.5, trials=16, examples=256, methods=("evopress",)),
             )
         },
         shapes=(),

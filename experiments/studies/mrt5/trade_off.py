@@ -22,8 +22,6 @@ BASES = {
         "base_softmax", arg="gate=no_deletion", overrides={**UNUSED, "model.softmax": "standard"}, start=""
     ),
 }
-# Instead of a figure, where a method cannot leave so little: fixed deletion keeps the first byte of every segment.
-BEYOND = "beyond its reach"
 DELETIONS = ("mrt5", "random_deletion", "fixed_deletion")
 
 COLUMNS = (
@@ -129,7 +127,7 @@ def equal_length(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if row["method"] != "mrt5":
             continue
         others = {method: _at_length(rows, method, row) for method in DELETIONS[1:]}
-        lower = all(row["bits_per_byte"] < bits for bits in others.values() if bits != BEYOND)
+        lower = all(row["bits_per_byte"] < bits for bits in others.values() if bits != tables.BEYOND)
         found.append({**row, **others, "lower": f"seed {row['seed']}: {'yes' if lower else 'no'}"})
     return found
 
@@ -141,7 +139,7 @@ def _at_length(rows: Iterable[Mapping[str, Any]], method: str, row: Mapping[str,
     lengths, bits = zip(*curve, strict=True)
     # Half a point of length is what targets are met to.
     if row["kept"] < lengths[0] - 0.005:
-        return BEYOND
+        return tables.BEYOND
     return float(np.interp(row["kept"], lengths, bits))
 
 

@@ -10,7 +10,7 @@ from etils import epath
 
 from experiments.studies import acm
 from experiments.studies.acm import images, pictures
-from experiments.studies.acm.runs import at_equal_compute
+from experiments.studies.acm.runs import at_equal_compute, where_reached
 from experiments.studies.study import Context
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -67,6 +67,7 @@ def test_others_are_compared_at_the_compute_that_acm_used():
     # The dearer and worse setting of the other method is never taken; nothing is known below its cheapest.
     assert [r["reached"] for r in found] == [60.0, None, 67.5]
     assert [r["gain"] for r in found] == [20.0, None, 17.5]
+    assert [where_reached("reached")(r) for r in found] == [60.0, "beyond its reach", 67.5]
     lower = at_equal_compute(rows, "acm", "exit", "accuracy", higher=False)
     assert lower[0]["reached"] == 55.0 and lower[0]["gain"] == -25.0
 

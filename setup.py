@@ -31,7 +31,9 @@ REQUIRES = [
 ]
 
 EXTRAS = {
+    "subword": ["tokenizers>=0.23"],
     "test": [
+        "tokenizers>=0.23",
         "pytest>=9.0",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",

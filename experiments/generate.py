@@ -14,6 +14,7 @@ ended as in training. A model of span corruption emits the missing spans, each b
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from experiments import evaluate, tasks, train
+from experiments import data, evaluate, tasks, train
 from experiments.data import byte_vocab
 from layers.generation import generate_lm, generate_t5
 
@@ -69,7 +70,8 @@ def generate(
         raise ValueError(
             f"only the tasks seq2seq and language_modelling generate text; {workdir} is a run of {config.task!r}"
         )
-    run = _continued if isinstance(task, tasks.LanguageModelling) else _decoded
+    vocabulary = data.vocabulary(config.data)
+    run = functools.partial(_continued, vocabulary) if isinstance(task, tasks.LanguageModelling) else _decoded
     output, found, mode = run(
         directory, config, task, texts, max_length, deletion, step, jax.random.key(seed), sampling
     )
@@ -77,8 +79,8 @@ def generate(
     return [
         {
             "input": text,
-            "continuation": byte_vocab.decode(generation.tokens[row, : generation.lengths[row]]),
-            "ended": bool(byte_vocab.EOS in generation.tokens[row]),
+            "continuation": vocabulary.decode(generation.tokens[row, : generation.lengths[row]]),
+            "ended": bool(vocabulary.eos_id in generation.tokens[row]),
             "log_prob": float(generation.log_probs[row].sum()),
             "kept": None if mode is None else aux["kept"][row, : len(text)].tolist(),
             "tokens": aux["tokens"][:, row].tolist(),
@@ -102,7 +104,7 @@ def _decoded(
 ) -> tuple[Any, int, str | None]:
     """What an encoder-decoder model generates, the step of its checkpoint, and how it deleted."""
     mode = deletion_mode(task, deletion)
-    ids = _inputs(texts, task.inputs_length, ends=True)
+    ids = _padded([byte_vocab.encode(text, eos=True) for text in _given(texts)], task.inputs_length)
     lengths = {"input_ids": task.inputs_length, "decoder_input_ids": task.targets_length}
     params, found = _restored(directory, config, task, lengths, step)
     output = generate_t5(
@@ -119,6 +121,7 @@ def _decoded(
 
 
 def _continued(
+    vocabulary: Any,
     directory: epath.Path,
     config: Any,
     task: tasks.LanguageModelling,
@@ -132,12 +135,15 @@ def _continued(
     """What a decoder-only model generates, the step of its checkpoint, and None: it deletes nothing."""
     if deletion not in (None, "none"):
         raise ValueError(f"--deletion={deletion} needs a model with a gate; this run is of a decoder alone")
-    ids = jnp.asarray(_inputs(texts, 0, ends=False))
+    rows = [vocabulary.encode(text) for text in _given(texts)]
+    ids, mask = _padded(rows, 0), _padded([np.ones_like(row) for row in rows], 0) > 0
     params, found = _restored(directory, config, task, {"input_ids": task.length}, step)
     length = task.length if max_length is None else max_length
-    key = jax.random.fold_in(key, 0)
-    mask = ids != byte_vocab.PAD
-    return generate_lm(task.model, {"params": params}, ids, mask, max_length=length, key=key, **sampling), found, None
+    sampling = {**sampling, "max_length": length, "eos_id": vocabulary.eos_id}
+    output = generate_lm(
+        task.model, {"params": params}, jnp.asarray(ids), jnp.asarray(mask), key=jax.random.fold_in(key, 0), **sampling
+    )
+    return output, found, None
 
 
 def _restored(directory: epath.Path, config: Any, task: Any, lengths: dict[str, int], step: Any) -> tuple[Any, int]:
@@ -160,15 +166,18 @@ def deletion_mode(task: tasks.Seq2Seq, deletion: str | None) -> str | None:
     return chosen if chosen in ("hard", "soft") else None
 
 
-def _inputs(texts: list[bytes], length: int, *, ends: bool) -> np.ndarray:
-    """Ids `[B, N]`, where `ends` each row's last is eos, padded to the length of training or to that of the longest row."""
+def _given(texts: list[bytes]) -> list[bytes]:
     if not texts or not all(texts):
         raise ValueError("there is nothing to read: give at least one --text or --file, none of them empty")
-    rows = [byte_vocab.encode(text, eos=ends) for text in texts]
-    ids = np.full((len(rows), max(length, *map(len, rows))), byte_vocab.PAD, np.int32)
-    for row, own in zip(ids, rows, strict=True):
-        row[: len(own)] = own
-    return ids
+    return texts
+
+
+def _padded(rows: list[np.ndarray], length: int) -> np.ndarray:
+    """`[B, N]` int32, zeros behind each row, as long as the longest or as `length`."""
+    padded = np.zeros((len(rows), max(length, *map(len, rows))), np.int32)
+    for to, row in zip(padded, rows, strict=True):
+        to[: len(row)] = row
+    return padded
 
 
 def _with_room(model: Any, length: int) -> Any:

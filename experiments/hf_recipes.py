@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pathlib
 import sys
 from typing import Any
 
@@ -113,8 +114,8 @@ class LanguageModellingRecipe:
         return value
 
     def check(self, module: DecoderLM) -> None:
-        """Raises ValueError for a model that cannot be trained on bytes here."""
-        _check_vocabulary(module.vocab_size)
+        """Any vocabulary will do: that of the data is chosen by `fit_data`."""
+        del module
 
     def section(self, module: DecoderLM, model: ConfigDict) -> ConfigDict:
         """The model section that `experiments.tasks.models.build_decoder` makes the module from."""
@@ -124,8 +125,14 @@ class LanguageModellingRecipe:
         return ConfigDict({**section, **{name: model.get(name, value) for name, value in tasks_own.items()}})
 
     def fit_data(self, settings: ConfigDict, module: DecoderLM, directory: str | os.PathLike[str]) -> None:
-        """Bytes need no fitting."""
-        del settings, module, directory
+        """Takes the directory's own `tokenizer.json`, where there is one; else the model is fed bytes."""
+        tokenizer = pathlib.Path(directory).expanduser().resolve() / "tokenizer.json"
+        if not tokenizer.is_file() or settings.get("objective") != "next_token":
+            if not settings.get("tokenizer"):
+                _check_vocabulary(module.vocab_size)
+            return
+        say(f"data.objective: next_subword, in the ids of {tokenizer}")
+        settings.update(data.resolve({**settings, "objective": "next_subword", "tokenizer": str(tokenizer)}))
 
     def complete(self, config: ConfigDict) -> None:
         """Nothing follows from what has been set."""

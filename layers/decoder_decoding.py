@@ -45,13 +45,7 @@ class DecoderCache:
 
 
 class DepthPolicy(Protocol):
-    """A hashable value that says which layers run for a token in decoding.
-
-    Attributes:
-      remembers: whether a layer that does not run still stores keys and values, of the features as they are.
-    """
-
-    remembers: bool
+    """A hashable value that says which layers run for a token in decoding."""
 
     def prompt_layers(self, depth: int) -> tuple[bool, ...]:
         """Which layers run for prompts; static."""
@@ -63,10 +57,12 @@ class DepthPolicy(Protocol):
 
     def runs(
         self, layer: int, position: Int[Array, ""], x: Float[Array, "B D"], state: Any, model: Any
-    ) -> tuple[Bool[Array, " B"] | bool, Any]:
-        """Rows for which `layer` runs on features `x`, at the decoded token number `position`, and the new state.
+    ) -> tuple[Bool[Array, " B"] | Bool[Array, ""] | bool, Any]:
+        """Whether `layer` runs on features `x`, at the decoded token number `position`, and the new state.
 
-        A plain bool is static: such a layer needs no branch. Rows that a layer does not run for keep their features.
+        A plain bool is static: such a layer needs no branch. `[]` is for all rows alike: nothing is stored in a layer that
+        does not run, so later tokens must not run it either. `[B]` is for each row by itself: rows that it does not run for
+        keep their features, and their keys and values are stored as those features have them.
         """
         ...
 
@@ -74,8 +70,9 @@ class DepthPolicy(Protocol):
 class Decoding(nn.Module):
     """The methods of `layers.decoder_lm.DecoderLM` that concern decoding; that class makes the parts which they use.
 
-    A layer that no row needs is not run: it stands in a branch of its own (`lax.cond`), so that one compiled step serves all
-    positions. Do not put a step with a policy under `vmap`, which runs both sides of every branch.
+    A layer that no row needs is not run, and one that some rows need runs on those, packed: it stands in branches of its own
+    (`lax.cond`, `lax.switch`), so that one compiled step serves all positions. Do not put a step with a policy under `vmap`,
+    which runs every branch.
     """
 
     def prefill(
@@ -148,16 +145,14 @@ class Decoding(nn.Module):
     ) -> tuple[Array, Any, Bool[Array, " B"]]:
         """One layer of a step, in a branch unless it is known to run: features, memory, and the rows that it ran for."""
 
-        def run(block: Any, x: Array, memory: Any, place: Place, runs: Array | bool) -> tuple[Array, Any, Array]:
-            y, memory, ran = block.step(x, memory, place)
-            return (y, memory, ran) if runs is True else (jnp.where(runs[:, None, None], y, x), memory, ran & runs)
+        def run(block: Any, x: Array, memory: Any, place: Place) -> tuple[Array, Any, Array]:
+            return block.step(x, memory, place)
 
-        def leave(block: Any, x: Array, memory: Any, place: Place, runs: Array | bool) -> tuple[Array, Any, Array]:
-            if self.policy.remembers:
-                memory = block.remember(x, memory, place)
+        def leave(block: Any, x: Array, memory: Any, place: Place) -> tuple[Array, Any, Array]:
             return x, memory, jnp.zeros(x.shape[0], bool)
 
         if isinstance(runs, bool):
-            return (run if runs else leave)(block, x, memory, place, runs)
-        runs = jnp.broadcast_to(runs, x.shape[:1])
-        return nn.cond(jnp.any(runs), run, leave, block, x, memory, place, runs)
+            return (run if runs else leave)(block, x, memory, place)
+        if runs.ndim:
+            return block.step_rows(x, memory, place, runs)
+        return nn.cond(runs, run, leave, block, x, memory, place)

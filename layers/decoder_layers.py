@@ -6,10 +6,12 @@ Shapes: B batch, N tokens, K slots of a cache, D width, H heads, G key heads, d 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -76,6 +78,20 @@ class FeedForward(Protocol):
         arrays that the model hands out.
         """
         ...
+
+
+def row_rungs(rows: int) -> tuple[int, ...]:
+    """Numbers of rows that a step is compiled for: none, powers of two, and all."""
+    return (0, *(2**power for power in range(rows.bit_length()) if 2**power < rows), rows)
+
+
+def on_rows(
+    block: nn.Module, branch: Callable[[int], Callable[..., Any]], runs: Bool[Array, " B"], *operands: Any
+) -> Any:
+    """`branch(count)(block, runs, *operands)` for the smallest of `row_rungs` that holds the rows that run."""
+    rungs = row_rungs(runs.shape[0])
+    rung = jnp.searchsorted(jnp.asarray(rungs), jnp.sum(runs))
+    return nn.switch(rung, [branch(count) for count in rungs], block, runs, *operands)
 
 
 class Block(nn.Module):
@@ -152,14 +168,27 @@ class Block(nn.Module):
         self, x: Float[Array, "B 1 D"], memory: Memory, place: Place
     ) -> tuple[Float[Array, "B 1 D"], Memory, Bool[Array, " B"]]:
         """One token a row: features, the memory with it, and the rows for which the block ran (all)."""
-        normed = self.attention_norm(x)
-        memory = memory.write(self.attention.project(normed, place.positions), place.slot)
-        x = x + self.attention.attend(normed, memory, key_bias=place.key_bias, positions=place.positions)
-        return self._finish(x, None, True)[0], memory, jnp.ones(x.shape[0], bool)
+        memory = memory.write(self.attention.project(self.attention_norm(x), place.positions), place.slot)
+        return self.attend_and_feed(x, memory, place), memory, jnp.ones(x.shape[0], bool)
 
-    def remember(self, x: Float[Array, "B 1 D"], memory: Memory, place: Place) -> Memory:
-        """The memory with the keys and values that `x` has in this layer, of which nothing else runs."""
-        return memory.write(self.attention.project(self.attention_norm(x), place.positions), place.slot)
+    def step_rows(
+        self, x: Float[Array, "B 1 D"], memory: Memory, place: Place, runs: Bool[Array, " B"]
+    ) -> tuple[Float[Array, "B 1 D"], Memory, Bool[Array, " B"]]:
+        """As `step`, for the rows of `runs` alone, packed on the smallest rung of `row_rungs` that holds them.
+
+        Other rows keep their features; the keys and values that those have in this layer are stored all the same, so that
+        later tokens find a complete memory.
+        """
+        memory = memory.write(self.attention.project(self.attention_norm(x), place.positions), place.slot)
+        x = on_rows(self, _finish_rows, runs, x, memory, place)
+        return x, memory, runs
+
+    def attend_and_feed(self, x: Float[Array, "R 1 D"], memory: Memory, place: Place) -> Float[Array, "R 1 D"]:
+        """What follows the write of a step's tokens into the memory, for the rows of `x`."""
+        attended = self.attention.attend(
+            self.attention_norm(x), memory, key_bias=place.key_bias, positions=place.positions
+        )
+        return self._finish(x + attended, None, True)[0]
 
     def _run(self, x: Array, stream: Stream, inputs: Any, deterministic: bool) -> tuple[Array, Memory, dict[str, Any]]:
         normed = self.attention_norm(x)
@@ -176,3 +205,19 @@ class Block(nn.Module):
         else:
             y, aux = self.mlp(normed, inputs, deterministic)
         return x + self.drop(y, deterministic=deterministic), aux
+
+
+def _finish_rows(count: int) -> Callable[..., Any]:
+    """A branch of `Block.step_rows` for `count` rows: what follows the write into the memory."""
+
+    def work(block: Block, runs: Array, x: Array, memory: Memory, place: Place) -> Array:
+        if not count:
+            return x
+        if count == runs.shape[0]:
+            return jnp.where(runs[:, None, None], block.attend_and_feed(x, memory, place), x)
+        rows = jnp.argsort(~runs, stable=True)[:count]
+        packed, own = x[rows], jax.tree.map(lambda leaf: leaf[rows], memory)
+        y = block.attend_and_feed(packed, own, Place(place.slot, place.positions[rows], place.key_bias[rows]))
+        return x.at[rows].set(jnp.where(runs[rows, None, None], y, packed))
+
+    return work

@@ -34,7 +34,6 @@ class SkipSchedule:
 
     counts: tuple[int, ...]
     bottom: int = 1
-    remembers = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counts", tuple(self.counts))
@@ -69,7 +68,6 @@ class FixedLayers:
     """
 
     layers: tuple[int, ...]
-    remembers = False
 
     def prompt_layers(self, depth: int) -> tuple[bool, ...]:
         """All."""
@@ -92,7 +90,8 @@ class ConfidenceExit:
     """CALM: a token stops at the first layer that is confident, each row for itself.
 
     Features of a token that stopped go up unchanged, and every layer above stores its own keys and values of them, so that
-    later tokens find a complete cache. A layer is left out when all rows have stopped.
+    later tokens find a complete cache. Of a layer runs what the rows that go on need: queries, attention and feed-forward layer
+    are packed to about as many rows (powers of two), and left out when all have stopped.
 
     Attributes:
       measure: "margin" (of the probabilities; the head runs after every tested layer), "saturation" (of the features), or
@@ -113,7 +112,6 @@ class ConfidenceExit:
     every: int = 1
     length: int = 256
     decay: float = 4.0
-    remembers = True
 
     def __post_init__(self) -> None:
         if self.measure not in calm.MEASURES:

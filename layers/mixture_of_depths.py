@@ -19,7 +19,7 @@ from adaptive import registry
 from adaptive.depth import mixture_of_depths as mod
 from adaptive.tokens import Signals, TokenSet
 from layers.attention import Memory
-from layers.decoder_layers import Block, Place, Stream
+from layers.decoder_layers import Block, Place, Stream, on_rows
 from layers.linear import Linear
 
 
@@ -125,20 +125,18 @@ class RoutedBlock(Block):
         """One token a row: the block runs on the rows whose token the predictor takes, on the smallest rung of 0, 1, 2, 4,
         ... rows that holds them, and not at all where there is none.
         """
+        return self.step_rows(x, memory, place, jnp.ones(x.shape[0], bool))
+
+    def step_rows(
+        self, x: Float[Array, "B 1 D"], memory: RoutedMemory, place: Place, runs: Bool[Array, " B"]
+    ) -> tuple[Float[Array, "B 1 D"], RoutedMemory, Bool[Array, " B"]]:
+        """As `step`, among the rows of `runs`. A token that does not run has no keys here."""
         logits, predicted = self._scores(x)
         slots = memory.memory.keys.shape[-2]
-        takes = (predicted[:, 0] > 0) & (memory.count < slots)
+        takes = (predicted[:, 0] > 0) & (memory.count < slots) & runs
         weight = mod.WEIGHTS[self.routing.weight](logits[:, 0])
-        rows = x.shape[0]
-        rungs = sorted({0, rows, *(2**power for power in range(rows.bit_length()) if 2**power <= rows)})
-        rung = jnp.searchsorted(jnp.asarray(rungs), jnp.sum(takes))
-        branches = [_step_on(count) for count in rungs]
-        x, memory = nn.switch(rung, branches, self, x, memory, place.positions, takes, weight)
+        x, memory = on_rows(self, _step_on, takes, x, memory, place.positions, weight)
         return x, memory, takes
-
-    def remember(self, x: Float[Array, "B 1 D"], memory: RoutedMemory, place: Place) -> RoutedMemory:
-        """The memory as it is: a token that does not run has no keys here."""
-        return memory
 
     def _scores(self, x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
         """Logits of the router, and of the predictor, in float32."""
@@ -198,7 +196,7 @@ def _step_on(count: int) -> Any:
     """A branch of a step that runs `count` rows."""
 
     def work(
-        block: RoutedBlock, x: Array, memory: RoutedMemory, positions: Array, takes: Array, weight: Array
+        block: RoutedBlock, takes: Array, x: Array, memory: RoutedMemory, positions: Array, weight: Array
     ) -> tuple[Array, RoutedMemory]:
         if not count:
             return x, memory

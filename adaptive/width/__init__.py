@@ -5,6 +5,6 @@ A width method is called `(tokens, signals, **hyper)` and returns `[B, N, K]` of
 runs; in training the gradient passes straight through.
 """
 
-from adaptive.width import acm, dynamic, mc_moe, moefication
+from adaptive.width import acm, duo, dynamic, mc_moe, moefication
 
-__all__ = ["acm", "dynamic", "mc_moe", "moefication"]
+__all__ = ["acm", "duo", "dynamic", "mc_moe", "moefication"]

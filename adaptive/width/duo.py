@@ -3,7 +3,7 @@
 
 Attention is shared and always runs. A path is the choice of a token at every layer: 0 skip, 1 small, 2 big.
 
-Shapes: B batch, N tokens, L layers, R rows, D features, K = 3 choices.
+Shapes: B batch, N tokens, L layers, R rows, D features, K = 3 choices (2 modules where a method says which run).
 
 Source: Alizadeh et al. 2024, "Duo-LLM: A Framework for Studying Adaptive Computation in Large Language Models",
 arXiv:2410.10846.
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from adaptive import ragged
+from adaptive.registry import register
+from adaptive.tokens import Signals, TokenSet
 
 CHOICES = ("skip", "small", "big")
 SKIP, SMALL, BIG = range(3)
@@ -144,6 +146,30 @@ def decide(
     """Hard choices of a router: big above the threshold of `big_score`, else the better one of the others."""
     other = jnp.where(logits[..., SKIP] > logits[..., SMALL], SKIP, SMALL) if allow_skip else SMALL
     return jnp.where(big_score(logits, allow_skip=allow_skip) > threshold, BIG, other).astype(jnp.int32)
+
+
+@register(
+    "duo_llm",
+    kind="width",
+    paper="Duo-LLM: A Framework for Studying Adaptive Computation in Large Language Models",
+    citation="Alizadeh et al. 2024. arXiv:2410.10846",
+    signals=("choice_logits",),
+    trained="yes",
+)
+def duo_llm(
+    tokens: TokenSet, signals: Signals, *, threshold: float = 0.0, allow_skip: bool = True
+) -> Float[Array, "B N K"]:
+    """The module of each token, small or big, `[B, N, 2]` of 0 and 1; none where it skips, and in padding.
+
+    Args:
+      tokens: the token set; signals: `choice_logits [B, N, 3]` of the router, for skip, small and big.
+      threshold: of `big_score`; allow_skip: whether a token may take neither.
+
+    Source: Alizadeh et al. 2024, stage 3.
+    """
+    choice = decide(signals.choice_logits, threshold, allow_skip=allow_skip)
+    taken = choice[..., None] == jnp.asarray((SMALL, BIG))
+    return jnp.where(taken & tokens.valid[..., None], 1.0, 0.0)
 
 
 def calibrate(scores: Float[Array, "..."], budget: float) -> Float[Array, ""]:

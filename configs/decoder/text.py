@@ -6,6 +6,7 @@
     python -m experiments.train --config=configs/decoder/text.py:share=0.125 --workdir=runs/mixture_of_depths
     python -m experiments.train --config=configs/decoder/text.py:skip=2 --workdir=runs/skip_decode
     python -m experiments.train --config=configs/decoder/text.py:exit_losses=rising --workdir=runs/calm
+    python -m experiments.train --config=configs/decoder/text.py:tokenizer=tokenizer.json --workdir=runs/subwords
     python -m experiments.train --config=configs/decoder/text.py:runlocal --workdir=runs/try
     python -m experiments.generate --workdir=runs/decoder --text="import "
 
@@ -13,20 +14,21 @@ The text is the running Python's own standard library unless `path` names text f
 learns to spell within minutes on two CPU cores. With `share` every other block is a routed one of Mixture-of-Depths, that runs
 for this share of the tokens; with `skip` later tokens run in fewer layers, `depth / skip` on average (SkipDecode);
 `exit_losses` trains every layer to predict ("rising"), or also a classifier that says where a token may stop ("classifier"),
-as confidence exits need.
+as confidence exits need. Tokens are bytes, or with `tokenizer` the ids of such a file (`python -m experiments.data.subword`
+makes one).
 """
 
 from ml_collections import ConfigDict
 
 from adaptive.depth.skip_decode import counts_for_speedup
 from experiments.config import base_config, parse_arg
-from experiments.data import resolve
+from experiments.data import resolve, vocabulary
 from experiments.tasks.models import routing_section
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, share=0.0, skip=0.0, exit_losses="", path="", runlocal=False)
+    given = parse_arg(arg, share=0.0, skip=0.0, exit_losses="", path="", tokenizer="", runlocal=False)
     config = base_config()
     config.task = "language_modelling"
     config.model = ConfigDict(
@@ -47,7 +49,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
     )
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
-    config.data = resolve(dict(source="text", objective="next_token", length=128, **text))
+    if given.tokenizer:
+        text |= dict(objective="next_subword", tokenizer=given.tokenizer)
+    config.data = resolve(dict(source="text", length=128, **{"objective": "next_token", **text}))
+    config.model.vocab_size = max(config.model.vocab_size, vocabulary(config.data).size)
     config.steps = 2_000
     config.batch_size = 32
     config.optimizer.peak = 3e-3

@@ -35,6 +35,7 @@ from experiments.data import (
     span_corruption,
     spelling,
     text,
+    vocabulary,
     word_search,
     words,
 )
@@ -237,8 +238,14 @@ def _text(config: ml_collections.ConfigDict, split: str) -> Source:
         "span_corruption": span_corruption.SpanCorruption,
         "next_byte": next_byte.NextByte,
         "next_token": next_token.NextToken,
+        "next_subword": next_token.NextToken,
     }[config.objective]
     objective = kind(**_subset(config, kind))
+    if config.objective == "next_subword":
+        if config.text == "languages":
+            raise ValueError("data.objective='next_subword' reads a text in one piece; data.text='languages' has bytes")
+        ids, sizes = vocabulary.vocabulary(config).encode_corpus(_read_text(config, split))
+        return text.TextSource(ids, objective, sizes)
     if config.text == "languages":
         return _languages(config, split, objective)
     return text.TextSource(_read_text(config, split), objective)
@@ -331,7 +338,8 @@ def build(
     `label [B]` int32, `moving_digits` gives `video [B, T, H, W, C]`; digits also `difficulty [B]`. The others, of text,
     give `input_ids [B, N]`, `decoder_input_ids [B, T]` and `labels [B, T]`, all int32: attend where `input_ids != 0`,
     count losses where `labels != 0`.
-    The objective "next_token" gives `input_ids [B, N]` and `labels [B, N]` alone. Several languages give `language [B]`
+    The objective "next_token" gives `input_ids [B, N]` and `labels [B, N]` alone; "next_subword" also `bytes [B, N]`, those
+    that labels stand for, and any id may be a label, 0 too. Several languages give `language [B]`
     int32, `characters` gives `kind [B]` int32; `grouping.groups` names their values.
 
     Args:

@@ -79,6 +79,7 @@ _OBJECTIVES = {
     "span_corruption": {"inputs_length": 1024, "noise_density": 0.15, "mean_span": 20.0},
     "next_byte": {"context": 512, "targets_length": 512},  # for encoder-decoder models
     "next_token": {"length": 256},  # for decoder-only models
+    "next_subword": {"length": 256, "tokenizer": ""},  # the same in the ids of a tokenizer.json
 }
 _CHARACTERS = {
     "spelling_correction": {"inputs_length": 64, "targets_length": 64, "errors": 1, "dependent": 0.5},
@@ -122,6 +123,8 @@ _CHOICES = {
 SOURCES = tuple(_SOURCES)
 TEXTS = tuple(_TEXTS)
 OBJECTIVES = tuple(_OBJECTIVES)
+# Objectives of decoder-only models.
+NEXT_TOKEN = ("next_token", "next_subword")
 
 
 def _choose(key: str, value: Any, valid: Iterable[str]) -> str:
@@ -186,7 +189,7 @@ def lengths(config: Mapping[str, Any]) -> tuple[int, int]:
     if source == "text" and config["objective"] == "span_corruption":
         inputs = config["inputs_length"]
         return inputs, span_corruption.lengths(inputs, config["noise_density"], config["mean_span"])[1]
-    if source == "text" and config["objective"] == "next_token":
+    if source == "text" and config["objective"] in NEXT_TOKEN:
         return config["length"], config["length"]
     if source == "text":
         return config["context"], config["targets_length"]

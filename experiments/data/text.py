@@ -264,23 +264,31 @@ def from_stdlib(*, split: str, valid_fraction: float = 0.05, max_bytes: int = 0)
 
 
 class TextSource:
-    """Examples from windows of a text: window i starts at byte `i * window`, and is shifted at random in training.
+    """Examples from windows of a text: window i starts at byte (or id) `i * window`, shifted at random in training.
 
     The shift, up to one window either way within the text, makes all bytes starts and ends of examples over the epochs.
     """
 
-    def __init__(self, data: np.ndarray, objective: Objective) -> None:
-        """Takes `data` uint8 `[bytes]` and an objective.
+    def __init__(self, data: np.ndarray, objective: Objective, sizes: np.ndarray | None = None) -> None:
+        """Takes `data` and an objective.
+
+        Args:
+          data: uint8 `[bytes]`, or int32 `[ids]` of a subword vocabulary.
+          objective: what makes examples of windows of ids.
+          sizes: `[ids]` bytes that each id of a subword vocabulary stands for; examples then have `bytes`, those of their
+            labels, which are the ids of a window but the first.
 
         Raises:
           ValueError: the text is shorter than one window.
         """
         self._data = data
         self._objective = objective
+        self._sizes = sizes
         self._window = objective.window
         if data.size < self._window:
+            unit = "bytes" if data.dtype == np.uint8 else "ids"
             raise ValueError(
-                f"the text has {data.size} bytes but one example needs {self._window}; "
+                f"the text has {data.size} {unit} but one example needs {self._window}; "
                 "give more text (or a larger valid_fraction), or make the examples shorter"
             )
 
@@ -297,5 +305,8 @@ class TextSource:
             highest = np.minimum(starts + self._window - 1, self._data.size - self._window)
             bounds = zip(rngs, lowest, highest, strict=True)
             starts = np.array([rng.integers(low, high, endpoint=True) for rng, low, high in bounds])
-        windows = self._data[starts[:, None] + np.arange(self._window)]
-        return self._objective.examples(byte_vocab.encode(windows), rngs)
+        places = starts[:, None] + np.arange(self._window)
+        windows = self._data[places]
+        if self._sizes is None:
+            return self._objective.examples(byte_vocab.encode(windows), rngs)
+        return {**self._objective.examples(windows, rngs), "bytes": self._sizes[places[:, 1:]]}

@@ -61,13 +61,15 @@ class LanguageModelling:
           ValueError: the data are not of next-token prediction, or the model section is wrong.
         """
         settings = data.resolve(config.data)
-        if settings.get("objective") != "next_token":
+        if settings.get("objective") not in data.NEXT_TOKEN:
             raise ValueError(
-                "the task language_modelling needs config.data.objective='next_token'; got "
+                f"the task language_modelling needs config.data.objective to be one of {data.NEXT_TOKEN}; got "
                 f"source={settings.source!r}, objective={settings.get('objective')!r}"
             )
         losses = tuple(sorted(dict(config.model.get("losses", {})).items()))
         model = build_decoder(config.model, dtype=config.dtype)
+        if (size := data.vocabulary(settings).size) > model.vocab_size:
+            raise ValueError(f"config.model.vocab_size={model.vocab_size} is too small for the {size} ids of the data")
         options = {name: config.model[name] for name in ("exit_losses", "skip_training") if name in config.model}
         return cls(model, settings.length, losses, **options)
 
@@ -103,7 +105,7 @@ class LanguageModelling:
 
     def normalizers(self, batch: Any) -> dict[str, Any]:
         """The number of tokens that are predicted."""
-        return {"tokens": jnp.sum(batch["labels"] != 0, dtype=jnp.float32)}
+        return {"tokens": jnp.sum(real(batch))}
 
     def loss(
         self, params: Any, batch: Any, *, rng: Any, step: Any, extra: Any, normalizers: Any, train: bool
@@ -118,11 +120,12 @@ class LanguageModelling:
             deterministic=not train,
             rngs={"dropout": rng},
         )
-        losses, mask = token_losses(logits, batch["labels"])
+        mask = real(batch)
+        losses = token_losses(logits, batch["labels"], mask)
         loss = jnp.sum(losses) / normalizers["tokens"]
         metrics = {"cross_entropy": (jnp.sum(losses), jnp.sum(mask))}
         if self.exit_losses:
-            total, found = self._exits(params, aux, batch["labels"])
+            total, found = self._exits(params, aux, batch["labels"], mask)
             # The last layer's own loss is one of the weighted ones.
             loss = total / normalizers["tokens"]
             metrics |= found
@@ -132,12 +135,14 @@ class LanguageModelling:
             metrics[name] = (total, count)
         return loss, metrics
 
-    def _exits(self, params: Any, aux: dict[str, Any], labels: Any) -> tuple[Any, dict[str, Any]]:
+    def _exits(self, params: Any, aux: dict[str, Any], labels: Any, mask: Any) -> tuple[Any, dict[str, Any]]:
         """The weighted cross-entropy of all layers, summed over tokens, with the classifier's own loss; and metrics."""
-        states, mask = aux["hidden_states"][1:], (labels != 0).astype(jnp.float32)
+        states = aux["hidden_states"][1:]
         logits = jnp.stack([self.model.apply({"params": params}, x, method="logits") for x in states])
         weights = calm.layer_weights(len(states))
-        total = sum(weight * jnp.sum(token_losses(own, labels)[0]) for weight, own in zip(weights, logits, strict=True))
+        total = sum(
+            weight * jnp.sum(token_losses(own, labels, mask)) for weight, own in zip(weights, logits, strict=True)
+        )
         if self.exit_losses == "rising":
             return total, {}
         targets, found = calm.exit_targets(logits), aux["exit_logits"]
@@ -155,15 +160,15 @@ class LanguageModelling:
         return extra
 
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
-        """Cross-entropy, bits a token (bits per byte, where tokens are bytes), accuracy, and tokens that a layer runs for.
+        """Cross-entropy a token, bits per byte, accuracy, and tokens that a layer runs for.
 
         Of routed blocks also how often the predictor agrees with the top-k. Their quality in decoding is that of
         `model.routing.choice="predictor"`.
         """
         del extra
         logits, aux = self.model.apply({"params": params}, batch["input_ids"], active=self._active())
-        losses, mask = token_losses(logits, batch["labels"])
-        weight = batch["weight"][:, None]
+        mask, weight = real(batch), batch["weight"][:, None]
+        losses = token_losses(logits, batch["labels"], mask)
         total, count = jnp.sum(losses * weight), jnp.sum(mask * weight)
         right = (jnp.argmax(logits, axis=-1) == batch["labels"]) * mask
         tokens = jnp.mean(aux["tokens"].astype(jnp.float32), axis=0)
@@ -171,7 +176,7 @@ class LanguageModelling:
         predictor = tuple(jnp.sum(sum(own) * batch["weight"]) for own in zip(*agreed, strict=True))
         return {
             "cross_entropy": (total, count),
-            "bits_per_byte": (_LOG2E * total, count),
+            "bits_per_byte": (_LOG2E * total, jnp.sum(batch.get("bytes", 1) * mask * weight)),
             "token_accuracy": (jnp.sum(right * weight), count),
             "tokens_a_layer": (jnp.sum(tokens * batch["weight"]), jnp.sum(batch["weight"])),
             **({"predictor_accuracy": predictor} if agreed else {}),
@@ -192,8 +197,12 @@ class LanguageModelling:
         return aux["losses"][name]
 
 
-def token_losses(logits: Any, labels: Any) -> tuple[Any, Any]:
-    """`(cross-entropy [B, N] in nats, 0 in padding; mask [B, N])`; label 0 is padding."""
-    mask = (labels != 0).astype(jnp.float32)
-    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-    return losses * mask, mask
+def real(batch: Any) -> Any:
+    """`[B, N]` float32, 1 where there is a label: byte 0 is padding, subwords have none."""
+    labels = batch["labels"]
+    return jnp.ones(labels.shape) if "bytes" in batch else (labels != 0).astype(jnp.float32)
+
+
+def token_losses(logits: Any, labels: Any, mask: Any) -> Any:
+    """Cross-entropy `[B, N]` in nats, 0 outside the mask."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0] * mask

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from adaptive import flops
 from adaptive.depth import calm, exits
-from experiments.tasks.language_modelling import LanguageModelling, token_losses
+from experiments.tasks.language_modelling import LanguageModelling, real, token_losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,9 @@ class TokenExit(LanguageModelling):
     ) -> tuple[Any, dict[str, Any]]:
         """The weighted mean of all layers' cross-entropies, and metrics of the last layer."""
         del step, extra
-        shares, total = calm.layer_weights(self.model.depth), 0.0
+        shares, total, mask = calm.layer_weights(self.model.depth), 0.0, real(batch)
         for share, logits in zip(shares, self._logits(params, batch, not train, rng), strict=True):
-            losses, mask = token_losses(logits, batch["labels"])
+            losses = token_losses(logits, batch["labels"], mask)
             total += share * jnp.sum(losses)
         return total / normalizers["tokens"], {"cross_entropy": (jnp.sum(losses), jnp.sum(mask))}
 
@@ -75,12 +75,12 @@ class TokenExit(LanguageModelling):
         logits = jnp.stack(self._logits(params, batch, True, None), axis=-2)
         chosen = exits.first_confident(calm.margin(logits), extra["threshold"])
         taken = jnp.take_along_axis(logits, chosen[..., None, None], axis=-2)[..., 0, :]
-        losses, mask = token_losses(taken, batch["labels"])
-        weight = batch["weight"][:, None] * mask
+        mask = real(batch)
+        losses, weight = token_losses(taken, batch["labels"], mask), batch["weight"][:, None] * mask
         total, count = jnp.sum(losses * weight), jnp.sum(weight)
         return {
             "cross_entropy": (total, count),
-            "bits_per_byte": (total / jnp.log(2.0), count),
+            "bits_per_byte": (total / jnp.log(2.0), jnp.sum(batch.get("bytes", 1) * weight)),
             "layers": (jnp.sum((chosen + 1) * weight), count),
         }
 

@@ -122,7 +122,8 @@ def test_confident_rows_stop_and_leave_keys_of_their_features_above(measure, eve
             if (layer - 1) % every == 0:
                 running &= np.asarray(policy.confidence(states[layer], states[layer - 1], bound) < limit)
             active[:, position, layer] = running
-    assert not active.all()
+    # Some layers run for a part of the rows, packed.
+    assert np.isin(active.sum(axis=0), (1, 2)).any()
     np.testing.assert_array_equal(cache.tokens, active.sum(axis=1).T)
     np.testing.assert_array_equal(cache.steps, active.any(axis=0).sum(axis=0))
     np.testing.assert_allclose(found, whole(active), rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -21,10 +22,11 @@ from layers.duo_oracle import token_losses
 from layers.early_exit import ConfidenceExit, FixedLayers, SkipSchedule
 
 TITLE = (
-    "Decoding with a cache: held-out text is read up to its middle, then continued byte by byte with the true bytes, by one "
-    "model trained to predict at every layer, without any schedule in training. Layers: mean over bytes of the layers that "
-    "ran, of {depth}; run for the batch: layers of a step that any row needed. Cross-entropy in nats of the continued bytes. "
-    "Realised: time of decoding with all layers over that with the method, same weights, same batch, interleaved medians."
+    "Decoding with a cache: held-out text is read up to its middle, then continued byte by byte with the true bytes, by a "
+    'model trained to predict at every layer; "trained so" by one that was trained in the layers of its schedule. Layers: '
+    "mean over bytes of the layers that ran, of {depth}; run for the batch: layers of a step that any row needed. "
+    "Cross-entropy in nats of the continued bytes. Implied: all layers over those that a byte ran, without the tests of "
+    "confidence. Realised: time of decoding with all layers over that with the method, same batch, interleaved medians."
 )
 COLUMNS = (
     tables.Column("method", "method"),
@@ -39,17 +41,34 @@ COLUMNS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to decode.
+
+    Attributes:
+      name, setting: of the rows.
+      policy: of the model in decoding; None for all layers.
+      trained: settings of the model's training beside the suite's.
+    """
+
+    name: str
+    setting: float
+    policy: Any = None
+    trained: tuple[tuple[str, Any], ...] = (("model.exit_losses", "rising"),)
+
+
 def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     """Makes the rows, the table and the plot; returns the ids of the rows."""
     rows = []
     for seed in settings["seeds"]:
-        overrides = {**settings["overrides"], "seed": seed}
-        config = apply_overrides(context.config("decoder/text.py", "exit_losses=rising"), overrides)
-        found = functools.cache(functools.partial(_measure, context, config, settings))
-        for name in _policies(settings, config):
+        base = apply_overrides(context.config("decoder/text.py"), {**settings["overrides"], "seed": seed})
+        methods = _methods(settings, base)
+        found = functools.cache(functools.partial(_measure, context, base, methods, settings))
+        for key, method in methods.items():
+            config = apply_overrides(base, dict(method.trained))
             for batch in settings["batches"]:
-                build = functools.partial(_row, found, name, batch)
-                rows.append(context.rows.make(f"decoding-{name}-batch{batch}-seed{seed}", config, build))
+                build = functools.partial(_row, found, key, method, batch)
+                rows.append(context.rows.make(f"decoding-{key}-batch{batch}-seed{seed}", config, build))
     depth = apply_overrides(context.config("decoder/text.py"), settings["overrides"]).model.depth
     tables.write(context.results, "decoding", TITLE.format(depth=depth), rows, COLUMNS, receipts=context.receipts)
     panels = [("speed", "bytes / s", "cross_entropy", "cross-entropy (nats)")]
@@ -59,18 +78,22 @@ def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     return [row["id"] for row in rows]
 
 
-def _policies(settings: Mapping[str, Any], config: ConfigDict) -> dict[str, tuple[str, float, Any]]:
-    """`{name: (method, setting, policy)}`."""
+def _methods(settings: Mapping[str, Any], config: ConfigDict) -> dict[str, Method]:
     depth, horizon = config.model.depth, _continued(config)
-    found = {"all": ("all layers", 1.0, None)}
+    found = {"all": Method("all layers", 1.0)}
     for speedup in settings["speedups"]:
         counts = skip_decode.counts_for_speedup(depth, speedup, horizon=horizon)
-        found[f"skip_decode-{speedup:g}"] = ("skip_decode", speedup, SkipSchedule(counts))
+        schedule = SkipSchedule(counts)
+        # In training a sequence is a generation: what stands for the prompt runs the layers of the first byte that follows.
+        whole = (counts[0],) * (_prompt(config) - 1) + counts
+        trained = (("model.skip.counts", whole), ("model.skip_training", True))
+        found[f"skip_decode-{speedup:g}"] = Method("skip_decode", speedup, schedule)
+        found[f"skip_decode-trained-{speedup:g}"] = Method("skip_decode, trained so", speedup, schedule, trained)
         layers = skip_decode.evenly_spaced(depth, speedup)
-        found[f"fixed-{speedup:g}"] = ("fixed layers", speedup, FixedLayers(layers))
+        found[f"fixed-{speedup:g}"] = Method("fixed layers", speedup, FixedLayers(layers))
     for threshold in settings["thresholds"]:
         policy = ConfidenceExit("margin", threshold, first=2, length=horizon)
-        found[f"calm-{threshold:g}"] = ("calm, margin", threshold, policy)
+        found[f"calm-{threshold:g}"] = Method("calm, margin", threshold, policy)
     return found
 
 
@@ -84,59 +107,61 @@ def _prompt(config: ConfigDict) -> int:
 
 
 def _measure(
-    context: Context, config: ConfigDict, settings: Mapping[str, Any]
+    context: Context, base: ConfigDict, methods: Mapping[str, Method], settings: Mapping[str, Any]
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Losses, layers and times of every policy at every batch size, in one process."""
-    params = context.train(f"exits-seed{config.seed}", config).state.params
-    model = tasks.build(config).model
-    largest = max(settings["batches"])
-    dataset = data.build(config.data, split="test", batch_size=largest, seed=config.seed)
-    batches = list(dataset.eval_batches(settings["quality_batches"]))
-    policies, found = _policies(settings, config), {}
-    prompt = _prompt(config)
-    programs = {
-        name: jax.jit(functools.partial(_decode, model.clone(policy=policy)))
-        for name, (_, _, policy) in policies.items()
+    """Losses, layers and times of every method at every batch size, in one process."""
+    params = {
+        trained: context.train(_run_name(trained, base.seed), apply_overrides(base, dict(trained))).state.params
+        for trained in dict.fromkeys(method.trained for method in methods.values())
     }
-    prefills = {
-        name: jax.jit(functools.partial(_prefill, model.clone(policy=policy), prompt, _continued(config)))
-        for name, (_, _, policy) in policies.items()
+    model = tasks.build(base).model
+    dataset = data.build(base.data, split="test", batch_size=max(settings["batches"]), seed=base.seed)
+    batches = list(dataset.eval_batches(settings["quality_batches"]))
+    prompt, continued, found = _prompt(base), _continued(base), {}
+    calls = {
+        key: _Continue(model.clone(policy=method.policy), params[method.trained], prompt, continued)
+        for key, method in methods.items()
     }
     for size in settings["batches"]:
         context.say(f"decoding at batch {size}")
-        calls = {}
-        for name in policies:
-            ids, labels = (jnp.asarray(batches[0][key][:size]) for key in ("input_ids", "labels"))
-            cache = prefills[name](params, ids)
-            calls[name] = functools.partial(
-                programs[name], params, cache, ids[:, prompt - 1 :], labels[:, prompt - 1 :]
-            )
-        times = measure.interleaved(calls, repeats=settings["repeats"])
-        for name in policies:
-            tokens, steps = (np.asarray(array) for array in calls[name]()[1:])
-            found[name, size] = {
-                "layers": float(tokens.sum() / (size * _continued(config))),
-                "batch_layers": float(steps.sum() / _continued(config)),
-                "speed": size * _continued(config) / times[name].median,
-                "implied": float(model.depth * _continued(config) / steps.sum()),
+        ready = {key: call.prepared(batches[0], size) for key, call in calls.items()}
+        times = measure.interleaved(ready, repeats=settings["repeats"])
+        for key in methods:
+            tokens, steps = (np.asarray(array) for array in ready[key]()[1:])
+            found[key, size] = {
+                "layers": float(tokens.sum() / (size * continued)),
+                "batch_layers": float(steps.sum() / continued),
+                "speed": size * continued / times[key].median,
+                "implied": float(model.depth * size * continued / tokens.sum()),
                 # The run of all layers is compared with itself, which only measures noise.
-                "realised": 1.0 if name == "all" else times["all"].median / times[name].median,
+                "realised": 1.0 if key == "all" else times["all"].median / times[key].median,
             }
-    for name in policies:
-        losses = [_quality(programs[name], prefills[name], params, batch, prompt) for batch in batches]
+    for key, call in calls.items():
+        losses = [float(jnp.mean(call.prepared(batch, len(batch["labels"]))()[0])) for batch in batches]
         for size in settings["batches"]:
-            found[name, size]["cross_entropy"] = float(np.mean(losses))
-    return {key: {**values, **_about(policies[key[0]])} for key, values in found.items()}
+            found[key, size]["cross_entropy"] = float(np.mean(losses))
+    return found
 
 
-def _about(policy: tuple[str, float, Any]) -> dict[str, Any]:
-    return {"method": policy[0], "setting": f"{policy[1]:g}"}
+def _run_name(trained: tuple[tuple[str, Any], ...], seed: int) -> str:
+    counts = dict(trained).get("model.skip.counts")
+    return f"exits-seed{seed}" if counts is None else f"skip-{np.mean(counts):.2f}-seed{seed}"
 
 
-def _quality(program: Any, prefill: Any, params: Any, batch: Mapping[str, Any], prompt: int) -> float:
-    ids, labels = (jnp.asarray(batch[key]) for key in ("input_ids", "labels"))
-    losses = program(params, prefill(params, ids), ids[:, prompt - 1 :], labels[:, prompt - 1 :])[0]
-    return float(jnp.mean(losses))
+class _Continue:
+    """Reading a text up to its middle, apart, and continuing it with the true bytes, which is what is timed."""
+
+    def __init__(self, model: Any, params: Any, prompt: int, continued: int) -> None:
+        self._prompt, self._params = prompt, params
+        self._prefill = jax.jit(functools.partial(_prefill, model, prompt, continued))
+        self._decode = jax.jit(functools.partial(_decode, model))
+
+    def prepared(self, batch: Mapping[str, Any], size: int) -> Any:
+        """A call without arguments that continues the first `size` rows."""
+        ids, labels = (jnp.asarray(batch[key][:size]) for key in ("input_ids", "labels"))
+        start = self._prompt - 1
+        cache = self._prefill(self._params, ids)
+        return functools.partial(self._decode, self._params, cache, ids[:, start:], labels[:, start:])
 
 
 def _prefill(model: Any, prompt: int, continued: int, params: Any, ids: Any) -> Any:
@@ -155,5 +180,6 @@ def _decode(model: Any, params: Any, cache: Any, ids: Any, labels: Any) -> tuple
     return losses, cache.tokens, cache.steps
 
 
-def _row(found: Any, name: str, batch: int) -> dict[str, Any]:
-    return {"group": f"{name}-batch{batch}", "batch": batch, **found()[name, batch]}
+def _row(found: Any, key: str, method: Method, batch: int) -> dict[str, Any]:
+    about = {"method": method.name, "setting": f"{method.setting:g}"}
+    return {"group": f"{key}-batch{batch}", "batch": batch, **found()[key, batch], **about}

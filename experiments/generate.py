@@ -46,7 +46,7 @@ def generate(
     """One record for each text, from a run's checkpoint.
 
     Args:
-      workdir: directory of a run of the task seq2seq or language_modelling.
+      workdir: directory of a run of the task seq2seq, language_modelling or duo.
       texts: what the encoder reads, or what a decoder-only model continues.
       max_length: bytes to generate at most; as many as in training when None.
       deletion: "hard", "soft" or "none"; as the run evaluates when None.
@@ -58,7 +58,7 @@ def generate(
       Records with "input" and "continuation" (bytes, the latter as far as ids are bytes), "ended" (whether the model ended
       it), "log_prob" (in nats, of all that was generated), "kept" (for each byte whether hard deletion keeps it; None without
       deletion), "tokens" (what is left after each encoder layer, the end of sequence included; of a decoder-only model the
-      generated tokens that ran through each layer), "deletion" and "step".
+      generated tokens that ran through each layer, or took its big module), "deletion" and "step".
 
     Raises:
       FileNotFoundError, ValueError: no such run or step, another task, no gate to delete with, an empty text.
@@ -66,12 +66,12 @@ def generate(
     directory = epath.Path(workdir)
     config = evaluate.load_config(directory)
     task = tasks.build(config)
-    if not isinstance(task, tasks.Seq2Seq | tasks.LanguageModelling):
+    if not isinstance(task, tasks.Seq2Seq | tasks.LanguageModelling | tasks.Duo):
         raise ValueError(
-            f"only the tasks seq2seq and language_modelling generate text; {workdir} is a run of {config.task!r}"
+            f"only the tasks seq2seq, language_modelling and duo generate text; {workdir} is a run of {config.task!r}"
         )
     vocabulary = data.vocabulary(config.data)
-    run = functools.partial(_continued, vocabulary) if isinstance(task, tasks.LanguageModelling) else _decoded
+    run = _decoded if isinstance(task, tasks.Seq2Seq) else functools.partial(_continued, vocabulary)
     output, found, mode = run(
         directory, config, task, texts, max_length, deletion, step, jax.random.key(seed), sampling
     )
@@ -124,7 +124,7 @@ def _continued(
     vocabulary: Any,
     directory: epath.Path,
     config: Any,
-    task: tasks.LanguageModelling,
+    task: tasks.LanguageModelling | tasks.Duo,
     texts: list[bytes],
     max_length: int | None,
     deletion: str | None,
@@ -135,13 +135,18 @@ def _continued(
     """What a decoder-only model generates, the step of its checkpoint, and None: it deletes nothing."""
     if deletion not in (None, "none"):
         raise ValueError(f"--deletion={deletion} needs a model with a gate; this run is of a decoder alone")
-    rows = [vocabulary.encode(text) for text in _given(texts)]
+    rows = [np.concatenate([task.start, vocabulary.encode(text)]) for text in _given(texts)]
     ids, mask = _padded(rows, 0), _padded([np.ones_like(row) for row in rows], 0) > 0
-    params, found = _restored(directory, config, task, {"input_ids": task.length}, step)
+    params, found = _restored(directory, config, task, {task.reads: task.length}, step)
     length = task.length if max_length is None else max_length
     sampling = {**sampling, "max_length": length, "eos_id": vocabulary.eos_id}
     output = generate_lm(
-        task.model, {"params": params}, jnp.asarray(ids), jnp.asarray(mask), key=jax.random.fold_in(key, 0), **sampling
+        task.decoder,
+        {"params": params},
+        jnp.asarray(ids),
+        jnp.asarray(mask),
+        key=jax.random.fold_in(key, 0),
+        **sampling,
     )
     return output, found, None
 

@@ -68,7 +68,7 @@ class DepthPolicy(Protocol):
 
 
 class Decoding(nn.Module):
-    """The methods of `layers.decoder_lm.DecoderLM` that concern decoding; that class makes the parts which they use.
+    """Decoding for a language model whose class makes the parts: `block`, `depth`, `policy`, `embed` and `logits`.
 
     A layer that no row needs is not run, and one that some rows need runs on those, packed: it stands in branches of its own
     (`lax.cond`, `lax.switch`), so that one compiled step serves all positions. Do not put a step with a policy under `vmap`,

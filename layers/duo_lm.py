@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Duo-LLM: a decoder language model whose feed-forward layers have a small and a big module, with a linear router each.
 
-Shapes: B batch, N tokens, D features, L layers, V vocabulary, K = 3 choices (skip, small, big).
+Shapes: B batch, N tokens, D features, L layers, V vocabulary, K = 3 choices (skip, small, big), S slots of a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from adaptive import flops
 from adaptive.width import duo
 from layers.attention import Attention, Memory
+from layers.decoder_decoding import Decoding
+from layers.decoder_layers import Place, Stream, on_rows
 from layers.linear import Linear
 from layers.mlp import GatedMlp
 from layers.norms import RMSNorm
@@ -34,6 +37,8 @@ class DuoBlock(nn.Module):
     kv_heads: int | None
     big: int
     small: int
+    threshold: float = 0.0
+    allow_skip: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
@@ -105,18 +110,62 @@ class DuoBlock(nn.Module):
         """The router's logits, from the input of the FFN."""
         return self.router(self.mlp_norm(x).astype(jnp.float32))
 
+    def prefill(self, x: Float[Array, "B N D"], stream: Stream, slots: int) -> tuple[Float[Array, "B N D"], Memory]:
+        """Features after the block by its router, and a memory of `slots` slots whose first N hold the tokens."""
+        normed = self.attention_norm(x)
+        memory = self.attention.project(normed, stream.positions)
+        x = x + self.attention.attend(normed, memory, key_bias=stream.key_bias, causal=True, positions=stream.positions)
+        choice = self._decide(x)
+        choice = choice if stream.valid is None else jnp.where(stream.valid, choice, duo.SKIP)
+        shape = (*memory.keys.shape[:2], slots, memory.keys.shape[-1])
+        empty = Memory(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        return self.feed_each(x, choice, compact=True), empty.write(memory, 0)
+
+    def step(
+        self, x: Float[Array, "B 1 D"], memory: Memory, place: Place
+    ) -> tuple[Float[Array, "B 1 D"], Memory, Bool[Array, " B"]]:
+        """One token a row by the router, each module on the rows that take it; the rows that took the big one."""
+        normed = self.attention_norm(x)
+        memory = memory.write(self.attention.project(normed, place.positions), place.slot)
+        x = x + self.attention.attend(normed, memory, key_bias=place.key_bias, positions=place.positions)
+        choice = self._decide(x)[:, 0]
+        fed = x
+        for module in (duo.SMALL, duo.BIG):
+            fed = on_rows(self, functools.partial(_feed_rows, module), choice == module, fed)
+        return fed, memory, choice == duo.BIG
+
+    def _decide(self, x: Float[Array, "B N D"]) -> Int[Array, "B N"]:
+        return duo.decide(self.route(x), self.threshold, allow_skip=self.allow_skip)
+
     @staticmethod
     def _unit(module: GatedMlp) -> duo.Unit:
         detached = module.clone(parent=None)
         return lambda params, rows: detached.apply({"params": params}, rows), module.variables["params"]
 
 
-class DuoLM(nn.Module):
+def _feed_rows(module: int, count: int) -> Callable[..., Any]:
+    """A branch of `DuoBlock.step` that feeds `count` rows to one module."""
+
+    def work(block: DuoBlock, runs: Array, x: Array) -> Array:
+        if not count:
+            return x
+        rows = jnp.argsort(~runs, stable=True)[:count]
+        packed = x[rows]
+        return x.at[rows].set(jnp.where(runs[rows, None, None], block.feed(packed, module), packed))
+
+    return work
+
+
+class DuoLM(Decoding):
     """A causal transformer over tokens with rotary positions, RMSNorm and gated (SwiGLU) small and big FFNs.
+
+    Decoding with a cache (`prefill`, `decode_step`, `layers.generation.generate_lm`) goes by the routers; of a layer it counts
+    the tokens that took the big module.
 
     Attributes:
       vocab_size, width, layers, heads, kv_heads: V, D, L, heads, key heads (as many as heads when None).
       big, small: inner widths; the paper's ratio is 16.
+      threshold, allow_skip: of the routers in decoding; an infinite threshold is one module for all tokens.
 
     Source: Alizadeh et al. 2024: Llama-2-like, 12 layers, D 2560, big 10240, small 640.
     """
@@ -128,9 +177,13 @@ class DuoLM(nn.Module):
     kv_heads: int | None = None
     big: int = 256
     small: int = 16
+    threshold: float = 0.0
+    allow_skip: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
+    # Every layer attends to every token: what is left out is chosen within a layer.
+    policy = None
 
     def setup(self) -> None:
         """Creates the parts."""
@@ -138,7 +191,16 @@ class DuoLM(nn.Module):
         embedding_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
         self.embedding = nn.Embed(self.vocab_size, self.width, embedding_init=embedding_init, **common)
         self.block = [
-            DuoBlock(self.heads, self.kv_heads, self.big, self.small, implementation=self.implementation, **common)
+            DuoBlock(
+                self.heads,
+                self.kv_heads,
+                self.big,
+                self.small,
+                self.threshold,
+                self.allow_skip,
+                implementation=self.implementation,
+                **common,
+            )
             for _ in range(self.layers)
         ]
         self.norm = RMSNorm(**common)
@@ -241,16 +303,29 @@ class DuoLM(nn.Module):
         """Logits from the residual stream after the last layer."""
         return self.head(self.norm(x))
 
-    def macs(self, *, batch: int = 1, tokens: int, big: float | None = None, small: float = 0.0) -> dict[str, float]:
+    @property
+    def depth(self) -> int:
+        """L, by the name that decoding has for it."""
+        return self.layers
+
+    def logits(self, x: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
+        """`readout` in float32, by the name that decoding has for it."""
+        return self.readout(x).astype(jnp.float32)
+
+    def macs(
+        self, *, batch: int = 1, tokens: int, keys: int | None = None, big: float | None = None, small: float = 0.0
+    ) -> dict[str, float]:
         """Multiply-accumulates by block.
 
         Args:
-          batch: B; tokens: N.
+          batch: B; tokens: N; keys: that a token attends to, N when None.
           big, small: mean number of layers in which a token takes that module; big in all layers when None.
         """
         big = self.layers if big is None else big
         inner = self.width if self.kv_heads is None else self.width // self.heads * self.kv_heads
         attention = flops.attention_macs(tokens, tokens, self.width, self.width, inner)
+        # Keys of a cache are scored and weighted, not made.
+        attention += 0 if keys is None else 2 * tokens * (keys - tokens) * self.width
         macs = {
             "attention": self.layers * attention,
             "big": big * flops.mlp_macs(tokens, self.width, self.big, gated=True),

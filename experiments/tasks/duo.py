@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from adaptive import flops
 from adaptive.width import duo
 from experiments import data
+from experiments.data import byte_vocab
 from experiments.tasks.models import build_duo_lm, check_keys
 from layers.duo_lm import DuoLM
 
@@ -104,6 +106,17 @@ class Duo:
     def dense(self) -> Duo:
         """The big module everywhere, with the same parameters."""
         return dataclasses.replace(self, stage="big")
+
+    # What of a batch the model reads, and the ids before every text.
+    reads: ClassVar[str] = "decoder_input_ids"
+    start: ClassVar[np.ndarray] = np.array([byte_vocab.PAD], np.int32)
+
+    @property
+    def decoder(self) -> DuoLM:
+        """The model as it decodes: by the routers in their stage, else with the big module everywhere."""
+        if self.stage == "router":
+            return self.model.clone(threshold=self._threshold, allow_skip=self.allow_skip)
+        return self.model.clone(threshold=-math.inf)
 
     def count(self, metrics: dict[str, float]) -> flops.Count:
         """MACs of one example, from the measured mean numbers of small and big modules a token."""

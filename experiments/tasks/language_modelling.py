@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,15 @@ class LanguageModelling:
     def tokens_per_example(self) -> int:
         """Tokens of a sequence."""
         return self.length
+
+    # What of a batch the model reads, and the ids before every text.
+    reads: ClassVar[str] = "input_ids"
+    start: ClassVar[np.ndarray] = np.array([], np.int32)
+
+    @property
+    def decoder(self) -> DecoderLM:
+        """The model as it decodes."""
+        return self.model
 
     def dense(self) -> LanguageModelling:
         """The same task without adaptivity; the parameters fit."""

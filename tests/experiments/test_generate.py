@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs.decoder import text as decoder_text
+from configs.duo import bytes as duo_bytes
 from configs.mrt5 import continuation, spans
 from configs.tome import digits
 from experiments import evaluate, generate, tasks, train
@@ -157,3 +158,16 @@ def test_a_decoder_alone_continues_texts_of_any_length(tmp_path, capsys):
         assert bytes.fromhex(record["continuation_hex"]) == byte_vocab.decode(ids[0, len(text) : len(text) + 4])
     assert generate.main([f"--workdir={tmp_path / 'run'}", "--text=x", "--deletion=hard"]) == 2
     assert "this run is of a decoder alone" in capsys.readouterr().err
+
+
+def test_a_duo_model_continues_texts_with_the_modules_of_its_stage(tmp_path, capsys):
+    train.train(duo_bytes.get_config("runlocal"), tmp_path / "run", progress=False)
+    (record,) = run(capsys, tmp_path / "run", "--text=import os", "--max-length=3")
+    assert record["tokens"] == [3, 3]
+    config = evaluate.load_config(tmp_path / "run")
+    task = tasks.build(config)
+    spec = {"decoder_input_ids": jax.ShapeDtypeStruct((1, 16), jnp.int32)}
+    params, _ = evaluate.restore(tmp_path / "run", config, train.build_program(config, task, spec), None)
+    ids = np.concatenate([[0], byte_vocab.encode("import os")])[None]
+    first = task.model.apply({"params": params}, ids, method="all_big")[0, -1].argmax()
+    assert bytes.fromhex(record["continuation_hex"])[:1] == byte_vocab.decode([first])

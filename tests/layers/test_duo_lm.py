@@ -11,6 +11,7 @@ from adaptive import flops
 from adaptive.routing import oracle, patterns, search
 from adaptive.width import duo
 from experiments import measure
+from layers import generation
 from layers.duo_lm import DuoLM
 from layers.duo_oracle import as_layered, embed, token_losses
 
@@ -187,3 +188,31 @@ def test_a_context_of_another_depth_is_refused(params):
     context = _memories(params, jnp.full(LAYERS, 1))
     with pytest.raises(ValueError, match="memories of 3 layers; got 2"):
         as_layered(MODEL, params, readout, context=context[:2])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decoding_with_a_cache_routes_each_token_as_the_whole_sequence_does(params, side):
+    """Also behind padded prompts of 4 and 2 tokens; and big modules are counted by layer."""
+    model, lengths, steps = MODEL.clone(threshold=0.05), (4, 2), 3
+    ids, mask = np.full((2, 4), 7), np.zeros((2, 4), bool)
+    for row, length in enumerate(lengths):
+        where = slice(0, length) if side == "right" else slice(4 - length, 4)
+        ids[row, where], mask[row, where] = IDS[row, :length], True
+    cache, _ = generation.prefill(model, steps, {"params": params}, jnp.asarray(ids), jnp.asarray(mask))
+    step = jax.jit(lambda cache, ids, at: model.apply({"params": params}, cache, ids, at, method="decode_step"))
+    whole, paths, _ = _routed(params, 0.05)
+    places = np.arange(steps) + np.asarray(lengths)[:, None] - 1
+    for position in range(steps):
+        found, cache = step(cache, IDS[jnp.arange(2), places[:, position]], position)
+        np.testing.assert_allclose(found, whole[np.arange(2), places[:, position]], rtol=1e-4, atol=1e-5)
+    bigs = np.asarray(paths)[np.arange(2)[:, None], places] == duo.BIG
+    np.testing.assert_array_equal(cache.tokens, bigs.sum(axis=1).T)
+    assert 0 < bigs.mean() < 1
+
+
+def test_an_infinite_threshold_decodes_with_the_dense_model(params):
+    whole = MODEL.apply({"params": params}, IDS[:, :5], method="all_big")
+    output, _ = generation.generate_lm(
+        MODEL.clone(threshold=-float("inf")), {"params": params}, IDS[:, :5], max_length=1, eos_id=-1
+    )
+    np.testing.assert_array_equal(output.tokens[:, 0], whole[:, -1].argmax(axis=-1))

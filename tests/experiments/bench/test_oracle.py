@@ -16,7 +16,10 @@ def test_the_oracle_prints_its_ratio(capsys):
 
 
 def test_duo_prints_a_row_for_each_mixture(capsys):
-    assert bench.main(["duo", "--layers=1", "--batch=1", "--repeats=1", *SIZES]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert bench.main(["duo", "--layers=1", "--batch=1", "--repeats=1", "--max-length=4", *SIZES]) == 0
+    *rows, low, high = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["shares"]["big"] for row in rows] == [0.5, 0.3, 0.25, 0.5, 0.0]
     assert rows[0]["implied"] < rows[-1]["implied"] and all(row["realised"] > 0 for row in rows)
+    # Decoding: attention and head are part of what is counted, so a share of the big modules is less than that of the whole.
+    assert (low["share"], high["share"]) == (0.25, 0.5) and low["big"] <= high["big"] < 1
+    assert 1 < high["implied"] <= low["implied"] < 3

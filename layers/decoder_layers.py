@@ -6,12 +6,10 @@ Shapes: B batch, N tokens, K slots of a cache, D width, H heads, G key heads, d 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -19,6 +17,7 @@ from layers.attention import Attention, Memory
 from layers.norms import RMSNorm
 from layers.parts import Parts
 from layers.rotary import Llama3Scaling
+from layers.rows import update_rows
 
 
 @flax.struct.dataclass
@@ -78,20 +77,6 @@ class FeedForward(Protocol):
         arrays that the model hands out.
         """
         ...
-
-
-def row_rungs(rows: int) -> tuple[int, ...]:
-    """Numbers of rows that a step is compiled for: none, powers of two, and all."""
-    return (0, *(2**power for power in range(rows.bit_length()) if 2**power < rows), rows)
-
-
-def on_rows(
-    block: nn.Module, branch: Callable[[int], Callable[..., Any]], runs: Bool[Array, " B"], *operands: Any
-) -> Any:
-    """`branch(count)(block, runs, *operands)` for the smallest of `row_rungs` that holds the rows that run."""
-    rungs = row_rungs(runs.shape[0])
-    rung = jnp.searchsorted(jnp.asarray(rungs), jnp.sum(runs))
-    return nn.switch(rung, [branch(count) for count in rungs], block, runs, *operands)
 
 
 class Block(nn.Module):
@@ -174,14 +159,13 @@ class Block(nn.Module):
     def step_rows(
         self, x: Float[Array, "B 1 D"], memory: Memory, place: Place, runs: Bool[Array, " B"]
     ) -> tuple[Float[Array, "B 1 D"], Memory, Bool[Array, " B"]]:
-        """As `step`, for the rows of `runs` alone, packed on the smallest rung of `row_rungs` that holds them.
+        """As `step`, for the rows of `runs` alone, packed on about as many (`layers.rows`).
 
         Other rows keep their features; the keys and values that those have in this layer are stored all the same, so that
         later tokens find a complete memory.
         """
         memory = memory.write(self.attention.project(self.attention_norm(x), place.positions), place.slot)
-        x = on_rows(self, _finish_rows, runs, x, memory, place)
-        return x, memory, runs
+        return update_rows(self, Block.attend_and_feed, runs, x, memory, place), memory, runs
 
     def attend_and_feed(self, x: Float[Array, "R 1 D"], memory: Memory, place: Place) -> Float[Array, "R 1 D"]:
         """What follows the write of a step's tokens into the memory, for the rows of `x`."""
@@ -205,19 +189,3 @@ class Block(nn.Module):
         else:
             y, aux = self.mlp(normed, inputs, deterministic)
         return x + self.drop(y, deterministic=deterministic), aux
-
-
-def _finish_rows(count: int) -> Callable[..., Any]:
-    """A branch of `Block.step_rows` for `count` rows: what follows the write into the memory."""
-
-    def work(block: Block, runs: Array, x: Array, memory: Memory, place: Place) -> Array:
-        if not count:
-            return x
-        if count == runs.shape[0]:
-            return jnp.where(runs[:, None, None], block.attend_and_feed(x, memory, place), x)
-        rows = jnp.argsort(~runs, stable=True)[:count]
-        packed, own = x[rows], jax.tree.map(lambda leaf: leaf[rows], memory)
-        y = block.attend_and_feed(packed, own, Place(place.slot, place.positions[rows], place.key_bias[rows]))
-        return x.at[rows].set(jnp.where(runs[rows, None, None], y, packed))
-
-    return work

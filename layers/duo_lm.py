@@ -6,8 +6,7 @@ Shapes: B batch, N tokens, D features, L layers, V vocabulary, K = 3 choices (sk
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +18,11 @@ from adaptive import flops
 from adaptive.width import duo
 from layers.attention import Attention, Memory
 from layers.decoder_decoding import Decoding
-from layers.decoder_layers import Place, Stream, on_rows
+from layers.decoder_layers import Place, Stream
 from layers.linear import Linear
 from layers.mlp import GatedMlp
 from layers.norms import RMSNorm
+from layers.rows import update_rows
 from layers.sharding import along_batch
 
 
@@ -131,7 +131,7 @@ class DuoBlock(nn.Module):
         choice = self._decide(x)[:, 0]
         fed = x
         for module in (duo.SMALL, duo.BIG):
-            fed = on_rows(self, functools.partial(_feed_rows, module), choice == module, fed)
+            fed = update_rows(self, lambda block, rows, own=module: block.feed(rows, own), choice == module, fed)
         return fed, memory, choice == duo.BIG
 
     def _decide(self, x: Float[Array, "B N D"]) -> Int[Array, "B N"]:
@@ -141,19 +141,6 @@ class DuoBlock(nn.Module):
     def _unit(module: GatedMlp) -> duo.Unit:
         detached = module.clone(parent=None)
         return lambda params, rows: detached.apply({"params": params}, rows), module.variables["params"]
-
-
-def _feed_rows(module: int, count: int) -> Callable[..., Any]:
-    """A branch of `DuoBlock.step` that feeds `count` rows to one module."""
-
-    def work(block: DuoBlock, runs: Array, x: Array) -> Array:
-        if not count:
-            return x
-        rows = jnp.argsort(~runs, stable=True)[:count]
-        packed = x[rows]
-        return x.at[rows].set(jnp.where(runs[rows, None, None], block.feed(packed, module), packed))
-
-    return work
 
 
 class DuoLM(Decoding):

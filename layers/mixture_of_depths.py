@@ -19,8 +19,9 @@ from adaptive import registry
 from adaptive.depth import mixture_of_depths as mod
 from adaptive.tokens import Signals, TokenSet
 from layers.attention import Memory
-from layers.decoder_layers import Block, Place, Stream, on_rows
+from layers.decoder_layers import Block, Place, Stream
 from layers.linear import Linear
+from layers.rows import on_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,7 @@ class ConfidenceExit:
 
     Features of a token that stopped go up unchanged, and every layer above stores its own keys and values of them, so that
     later tokens find a complete cache. Of a layer runs what the rows that go on need: queries, attention and feed-forward layer
-    are packed to about as many rows (powers of two), and left out when all have stopped.
+    are packed to about as many rows, and left out when all have stopped.
 
     Attributes:
       measure: "margin" (of the probabilities; the head runs after every tested layer), "saturation" (of the features), or

@@ -123,8 +123,8 @@ class RoutedBlock(Block):
     def step(
         self, x: Float[Array, "B 1 D"], memory: RoutedMemory, place: Place
     ) -> tuple[Float[Array, "B 1 D"], RoutedMemory, Bool[Array, " B"]]:
-        """One token a row: the block runs on the rows whose token the predictor takes, on the smallest rung of 0, 1, 2, 4,
-        ... rows that holds them, and not at all where there is none.
+        """One token a row: the block runs on the rows whose token the predictor takes, packed, and not at all where there
+        is none.
         """
         return self.step_rows(x, memory, place, jnp.ones(x.shape[0], bool))
 

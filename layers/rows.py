@@ -7,6 +7,7 @@ Shapes: B rows of a batch, R packed rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,9 @@ from jaxtyping import Array, Bool, Float
 
 
 def row_rungs(rows: int) -> tuple[int, ...]:
-    """Numbers of rows that a part is compiled for: none, powers of two, and all."""
-    return (0, *(2**power for power in range(rows.bit_length()) if 2**power < rows), rows)
+    """Numbers of rows that a part is compiled for: none, powers of two below an eighth of all, and each eighth."""
+    eighths = {math.ceil(rows * part / 8) for part in range(9)}
+    return tuple(sorted(eighths | {2**power for power in range(rows.bit_length()) if 2**power < rows / 8}))
 
 
 def on_rows(

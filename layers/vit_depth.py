@@ -9,15 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from adaptive.depth import exits, halting
 from adaptive.tokens import TokenSet
 from layers.linear import Linear
 from layers.mlp import activation
 from layers.norms import LayerNorm
+from layers.rows import update_rows
 from layers.vit import ViT
 
 
@@ -93,10 +95,63 @@ class ExitHead(nn.Module):
         return Linear((self.classes,), ("gate", "classes"), name="logits", **common)(x).astype(jnp.float32)
 
 
+@flax.struct.dataclass
+class _Leaving:
+    """Which images are left, and what the others ended with.
+
+    Attributes:
+      threshold: probability at which an image leaves; ensemble: of the ensemble so far, not of the exit alone.
+      running: `[B]`; exit: `[B]` where each left, L - 1 until then; taken: `[B, C]` logits there.
+    """
+
+    threshold: Float[Array, ""]
+    ensemble: Array
+    running: Bool[Array, " B"]
+    exit: Int[Array, " B"]
+    taken: Float[Array, "B C"]
+
+    @classmethod
+    def create(cls, model: ExitViT, tokens: TokenSet) -> _Leaving:
+        """All images, with what the collection "exits" of the model says.
+
+        Raises:
+          ValueError: the model has hooks, which change the number of tokens.
+        """
+        if model.hooks:
+            raise ValueError(f"images leave models without hooks; this one has {len(model.hooks)}")
+        rows = tokens.features.shape[0]
+        settings = [model.get_variable("exits", name) for name in ("threshold", "ensemble")]
+        last = jnp.full(rows, model.depth - 1)
+        return cls(*settings, jnp.ones(rows, bool), last, jnp.zeros((rows, model.num_classes), jnp.float32))
+
+    def run(self, block: nn.Module, tokens: TokenSet) -> TokenSet:
+        """The tokens after the block in images that are left."""
+
+        def part(block: nn.Module, features: Array, tokens: TokenSet) -> Array:
+            return block(tokens.replace(features=features))[0].features
+
+        return tokens.replace(features=update_rows(block, part, self.running, tokens.features, tokens))
+
+    def test(self, logits: Float[Array, "B l C"], weights: Array, bias: Array) -> _Leaving:
+        """After the latest of the exits so far."""
+        known = logits.shape[1]
+        mixed = exits.geometric_ensemble(logits, weights[:known, :known], bias[:known])
+        used = jnp.where(self.ensemble, mixed[:, -1], logits[:, -1])
+        leaves = self.running & (exits.max_probability(used) >= self.threshold)
+        return self.replace(
+            running=self.running & ~leaves,
+            exit=jnp.where(leaves, known - 1, self.exit),
+            taken=jnp.where(leaves[:, None], used, self.taken),
+        )
+
+
 class ExitViT(ViT):
     """A ViT with a head after every block but the last, whose own head is the last exit; needs a class token.
 
-    Aux has "exit_logits" `[B, L - 1, C]`; `ensemble` makes predictions of exits up to each of L.
+    Aux has "exit_logits" `[B, L - 1, C]`; `ensemble` makes predictions of exits up to each of L. With the collection "exits",
+    `{"threshold": (), "ensemble": ()}`, images leave for real: each block runs on those that are left, packed
+    (`layers.rows`). Aux then has "exit" `[B]`, where each left, and "taken" `[B, C]`, what was predicted there; "exit_logits"
+    and the logits of images that left earlier mean nothing.
 
     Attributes:
       exit_hidden: width of the heads' hidden layers.
@@ -112,23 +167,43 @@ class ExitViT(ViT):
         self, tokens: TokenSet, weighted: bool, labels: Array | None, deterministic: bool
     ) -> tuple[TokenSet, None, Array, dict[str, Any]]:
         del labels
+        # Of the ensembles, which see fixed predictions.
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, None))
+        weights = self.param("ensemble_weights", zeros, (self.depth, self.depth), jnp.float32)
+        bias = self.param("ensemble_bias", zeros, (self.depth, self.num_classes), jnp.float32)
+        leaving = _Leaving.create(self, tokens) if self.has_variable("exits", "threshold") else None
         logits, counts = [], []
         for layer in range(self.depth):
             block = self._block(layer=layer, weighted=weighted, deterministic=deterministic, name=f"block_{layer}")
-            tokens = block(tokens)[0]
-            counts.append(tokens.count)
+            running = None if leaving is None else leaving.running
+            tokens = block(tokens)[0] if leaving is None else leaving.run(block, tokens)
+            counts.append(tokens.count if running is None else jnp.where(running, tokens.count, 0))
             if layer == self.depth - 1:
                 break
             x = tokens.features[:, 0]
             head = ExitHead(self.num_classes, self.exit_hidden, self.dtype, self.param_dtype, name=f"exit_{layer}")
             before = logits[-1] if self.cascade and logits else None
             logits.append(head(jax.lax.stop_gradient(x) if self.freeze else x, before))
-        # Of the ensembles, which see fixed predictions.
-        self.param("ensemble_weights", nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, None)),
-                   (self.depth, self.depth), jnp.float32)  # fmt: skip
-        self.param("ensemble_bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, None)),
-                   (self.depth, self.num_classes), jnp.float32)  # fmt: skip
-        return tokens, None, jnp.stack(counts), {"exit_logits": jnp.stack(logits, axis=1)}
+            if leaving is not None:
+                leaving = leaving.test(jnp.stack(logits, axis=1), weights, bias)
+        handed = {} if leaving is None else {"exit": leaving.exit, "taken": leaving.taken}
+        return tokens, None, jnp.stack(counts), {"exit_logits": jnp.stack(logits, axis=1), **handed}
+
+    def leave_early(
+        self, params: Any, images: Float[Array, "B y x c"], threshold: float | Array, *, ensemble: bool = False
+    ) -> tuple[Float[Array, "B C"], Int[Array, " B"]]:
+        """`(logits [B, C], exit [B])` at the first exit whose probability reaches the threshold; later blocks do not run.
+
+        Args:
+          params: of the model; threshold: above 1 no image leaves before the last exit.
+          ensemble: asks the ensembles of the exits so far, not each exit alone.
+        """
+        settings = {"threshold": jnp.float32(threshold), "ensemble": jnp.asarray(ensemble)}
+        last, aux = self.apply({"params": params, "exits": settings}, images)
+        if ensemble:
+            last = self.ensemble(params, jnp.concatenate([aux["exit_logits"], last[:, None]], axis=1))[:, -1]
+        stayed = aux["exit"] == self.depth - 1
+        return jnp.where(stayed[:, None], last, aux["taken"]), aux["exit"]
 
     @staticmethod
     def ensemble(params: Any, logits: Float[Array, "B L C"]) -> Float[Array, "B L C"]:

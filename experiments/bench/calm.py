@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Confidence exits: decoding in which each row stops at a layer of its own, by batch size, against all layers.
 
-Rows that go on are packed to the next power of two; those that stopped still store keys and values in every layer above, and
+Rows that go on are packed (`layers.rows`); those that stopped still store keys and values in every layer above, and
 every test runs the head: `implied` counts neither, but only the layers that each row itself needed.
 Weights are random and the threshold is the median confidence after `--first` layers, so that about half of the tokens stop
 there; what a threshold costs in quality is for trained models.

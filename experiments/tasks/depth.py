@@ -34,17 +34,21 @@ class EarlyExit(Classification):
 
     Attributes:
       threshold: probability at which an image leaves, in evaluation; ensemble: of the ensembles, not of the exits alone.
+      leave: in evaluation later blocks do not run for images that left, which takes longer to compile; else they run for all,
+        and what is saved is counted only.
     """
 
     model: ExitViT
     threshold: float = 0.9
     ensemble: bool = False
+    leave: bool = False
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> EarlyExit:
-        """Reads `config.model`: the ViT's, `exit_hidden`, `cascade`, `freeze`, and `threshold` and `ensemble` of this task."""
-        own = {name: config.model[name] for name in ("threshold", "ensemble") if name in config.model}
-        return cls(_vit(config, ExitViT, ("threshold", "ensemble")), **own)
+        """Reads `config.model`: the ViT's, `exit_hidden`, `cascade`, `freeze`; and `threshold`, `ensemble`, `leave` of this."""
+        names = ("threshold", "ensemble", "leave")
+        own = {name: config.model[name] for name in names if name in config.model}
+        return cls(_vit(config, ExitViT, names), **own)
 
     def init_extra(self) -> dict[str, Any]:
         """The threshold: an argument of the compiled step."""
@@ -75,13 +79,19 @@ class EarlyExit(Classification):
 
     def eval_step(self, params: Any, batch: Any, *, extra: Any) -> dict[str, Any]:
         """Metrics at the exit that each image takes, and how many take each."""
-        logits, weight = self.logits(params, batch["image"]), batch["weight"]
-        used = ExitViT.ensemble(params, logits) if self.ensemble else logits
-        chosen = exits.first_confident(exits.max_probability(used), extra["threshold"])
-        taken = jnp.take_along_axis(used, chosen[:, None, None], axis=1)[:, 0]
-        shares = {
-            f"exit/{index}": (jnp.sum((chosen == index) * weight), jnp.sum(weight)) for index in range(used.shape[1])
-        }
+        weight, last = batch["weight"], self.model.depth - 1
+        if self.threshold > 1:
+            # The dense model, whose heads are not asked.
+            taken = self.logits(params, batch["image"])[:, -1]
+            chosen = jnp.full(weight.shape, last)
+        elif self.leave:
+            taken, chosen = self.model.leave_early(params, batch["image"], extra["threshold"], ensemble=self.ensemble)
+        else:
+            logits = self.logits(params, batch["image"])
+            used = ExitViT.ensemble(params, logits) if self.ensemble else logits
+            chosen = exits.first_confident(exits.max_probability(used), extra["threshold"])
+            taken = jnp.take_along_axis(used, chosen[:, None, None], axis=1)[:, 0]
+        shares = {f"exit/{index}": (jnp.sum((chosen == index) * weight), jnp.sum(weight)) for index in range(last + 1)}
         return self._metrics(taken, batch, weight) | shares
 
     def logits(self, params: Any, images: Any, *, deterministic: bool = True, rng: Any = None) -> Any:

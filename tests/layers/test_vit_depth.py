@@ -7,8 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from adaptive import flops
+from adaptive.depth import exits
+from experiments import measure
+from layers.hooks import Reduce
 from layers.vit import ViT
 from layers.vit_depth import ExitViT, HaltingViT
 
@@ -92,6 +96,37 @@ def test_a_cascade_reads_the_exit_before_and_sends_it_no_gradient():
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradients[frozen]))
     changed = {**both, "exit_0": jax.tree.map(lambda leaf: leaf + 1.0 * (leaf.ndim == 2), both["exit_0"])}
     assert np.abs(run(model, changed)[1]["exit_logits"][:, 1] - run(model, both)[1]["exit_logits"][:, 1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_images_that_leave_have_what_the_whole_model_says_there(ensemble):
+    """At the first confident exit, whatever the others of the batch do; and blocks behind it do not run for them."""
+    model = ExitViT(**SIZES, exit_hidden=8, cascade=True)
+    images = np.random.default_rng(3).normal(size=(5, 8, 8, 1)).astype(np.float32)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images))["params"]
+    own = measure.random_like(shapes, jax.random.key(4), deviation=0.5)
+    last, aux = _jit(lambda p: model.apply({"params": p}, images))(own)
+    logits = jnp.concatenate([aux["exit_logits"], last[:, None]], axis=1)
+    used = ExitViT.ensemble(own, logits) if ensemble else logits
+    confidence = exits.max_probability(used)
+    leave = _jit(lambda p, threshold: model.leave_early(p, images, threshold, ensemble=ensemble))
+    found = set()
+    for threshold in (0.0, float(jnp.median(confidence[:, 0])), float(jnp.median(confidence[:, 1])), 2.0):
+        want = exits.first_confident(confidence, threshold)
+        taken, chosen = leave(own, threshold)
+        np.testing.assert_array_equal(chosen, want)
+        np.testing.assert_allclose(taken, np.asarray(used)[np.arange(5), want], rtol=1e-4, atol=1e-5)
+        found |= set(np.asarray(want).tolist())
+    assert found == {0, 1, 2}
+    settings = {"threshold": jnp.float32(0.0), "ensemble": jnp.asarray(ensemble)}
+    counts = _jit(lambda p: model.apply({"params": p, "exits": settings}, images)[1]["tokens"])(own)
+    np.testing.assert_array_equal(counts, [[5] * 5, [0] * 5, [0] * 5])
+
+
+def test_images_leave_models_without_hooks_alone():
+    model = ExitViT(**SIZES, hooks=(Reduce("tome", (5, 3, 3)),))
+    with pytest.raises(ValueError, match="images leave models without hooks"):
+        jax.eval_shape(lambda: model.leave_early(model.init(jax.random.key(0), IMAGES)["params"], IMAGES, 0.5))
 
 
 def test_exits_pay_for_the_blocks_and_heads_on_the_way():

@@ -46,7 +46,7 @@ SUITES: dict[str, dict[str, Any]] = {
         shown=6,
         depth=dict(
             seeds=(0,),
-            overrides={"model.width": 192, "model.mlp_dim": 512, "batch_size": 16, "steps": 400},
+            overrides={"model.width": 128, "batch_size": 16, "steps": 300},
             speedups=(1.33, 2.0),
             thresholds=(0.9, 0.5),
             batches=(1, 8),
@@ -58,7 +58,7 @@ SUITES: dict[str, dict[str, Any]] = {
             overrides={"model.depth": 6, "batch_size": 16, "optimizer.warmup": 20, "eval.every": 0},
             widths=(48, 64, 96),
             shares=(0.125,),
-            steps=400,
+            steps=250,
             batches=20,
         ),
     ),

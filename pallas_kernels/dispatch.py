@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-# Names that `implementation=` may carry. "interpret" runs the TPU kernel in Pallas' interpreter and is never chosen unasked.
-NAMES = ("tpu", "gpu", "xla", "interpret")
+# Names that `implementation=` may carry. "interpret" runs the TPU kernel and "gpu_interpret" the GPU kernel in Pallas'
+# interpreters; they are never chosen unasked.
+NAMES = ("tpu", "gpu", "xla", "interpret", "gpu_interpret")
 
 _PREFERENCE = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
 

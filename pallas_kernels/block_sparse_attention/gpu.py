@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward pass of block-sparse attention for GPUs, through Triton; `gpu_parts` says how lists are walked.
 
-A program keeps the queries of a tile, their running maximum and sum, and their output, and reads keys and values where they stand
-in HBM: nothing is transposed, and nothing copied unless a length or a width is odd. Query heads that share keys run side by side,
-so that all but the first find them in the second-level cache.
+A program keeps the queries of a tile, their running maximum and sum, and their output, and reads keys and values where they
+stand in HBM: nothing is transposed, and nothing copied unless a length or a width is odd.
 
 Shapes: B batch, N queries, L keys, H heads, G key heads, d head width.
 """
@@ -51,21 +50,30 @@ def forward(
     }
     parts.add_bank(args, index)
     wide = args["query"].shape[3]
-    rows = pl.BlockSpec((None, plan.own, None, wide), lambda j, r, i: (i, r, j, 0))
-    listed = pl.BlockSpec((None, plan.listed_length, None, wide), lambda j, r, i: (i, 0, j // share, 0))
+
+    def line(step: Any, group: Any, i: Any) -> tuple[Any, Any, Any]:
+        member, tile = parts.own(step, share, plan, causal)
+        return i, group * share + member, tile
+
+    def block(*place: Any) -> tuple[Any, Any, Any, int]:
+        i, head, tile = line(*place)
+        return i, tile, head, 0
+
+    rows = pl.BlockSpec((None, plan.own, None, wide), block)
+    listed = pl.BlockSpec((None, plan.listed_length, None, wide), lambda _, group, i: (i, 0, group, 0))
     specs = {"query": rows, "key": listed, "value": listed}
     if key_bias is not None:
         args["bias"] = parts.last_padded(key_bias * LOG2E, plan.listed_length)
-        specs["bias"] = pl.BlockSpec((None, plan.listed_length), lambda j, r, i: (i, 0))
+        specs["bias"] = pl.BlockSpec((None, plan.listed_length), lambda _, group, i: (i, 0))
     if sinks is not None:
         args["sinks"] = sinks.astype(jnp.float32) * LOG2E
     out, lse = parts.call(
-        functools.partial(_kernel, plan=plan, causal=causal, factor=scale * LOG2E),
+        functools.partial(_kernel, plan=plan, causal=causal, share=share, factor=scale * LOG2E),
         args,
         specs,
         plan,
-        grid=(heads, plan.tiles, batch),
-        out_specs=[rows, pl.BlockSpec((None, None, plan.own), lambda j, r, i: (i, j, r))],
+        grid=(share * plan.tiles, heads // share, batch),
+        out_specs=[rows, pl.BlockSpec((None, None, plan.own), line)],
         out_shape=[
             jax.ShapeDtypeStruct(args["query"].shape, dtype),
             jax.ShapeDtypeStruct((batch, heads, plan.own_length), jnp.float32),
@@ -85,11 +93,13 @@ def make_plan(index: BlockIndex, width: int, dtype: Any) -> Plan:
     return parts.make_plan(index, *parts.sizes("forward", width, dtype))
 
 
-def _kernel(refs: dict[str, Any], out_ref: Any, lse_ref: Any, *, plan: Plan, causal: bool, factor: float) -> None:
-    head, tile, row = (pl.program_id(axis) for axis in range(3))
-    heads = pl.num_programs(0)
-    place = parts.place(refs["ids"], row, head, heads, tile, plan)
-    own = tile * plan.own
+def _kernel(
+    refs: dict[str, Any], out_ref: Any, lse_ref: Any, *, plan: Plan, causal: bool, share: int, factor: float
+) -> None:
+    step, group, row = (pl.program_id(axis) for axis in range(3))
+    member, tile = parts.own(step, share, plan, causal)
+    head = group * share + member
+    place = parts.place(refs["ids"], row, head, pl.num_programs(1) * share, tile, plan)
     query = refs["query"][...]
 
     def work(number: Any, start: Any, mask: Any, masked: bool, state: Any) -> Any:
@@ -99,7 +109,9 @@ def _kernel(refs: dict[str, Any], out_ref: Any, lse_ref: Any, *, plan: Plan, cau
         if "bias" in refs:
             logits += refs["bias"][rows][None, :]
         if masked:
-            logits = jnp.where(parts.seen(refs, plan, own, number, start, mask, causal, True), logits, -jnp.inf)
+            logits = jnp.where(
+                parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, True), logits, -jnp.inf
+            )
         higher = jnp.maximum(peak, jnp.max(logits, axis=1))
         weights, shrink = jnp.exp2(logits - higher[:, None]), jnp.exp2(peak - higher)
         value = refs["value"][rows, :]

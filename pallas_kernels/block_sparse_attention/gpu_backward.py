@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward pass of block-sparse attention for GPUs: one kernel over the lists, one over the transposed lists.
 
-Weights are computed again from the log-sum-exp in both. A program of the second kernel works all query heads that share its keys,
-one after the other, so that no sum crosses programs and runs repeat bit for bit.
+Weights are computed again from the log-sum-exp in both. A program of the second kernel works all query heads that share its
+keys, one after the other, so that no sum crosses programs and runs repeat bit for bit.
 
 Shapes: B batch, N queries, L keys, H heads, G key heads, S query heads that share one, d head width.
 """
@@ -77,19 +77,28 @@ def _query_gradient(
     }
     parts.add_bank(args, index)
     wide = args["query"].shape[3]
-    rows = pl.BlockSpec((None, plan.own, None, wide), lambda j, r, i: (i, r, j, 0))
-    listed = pl.BlockSpec((None, plan.listed_length, None, wide), lambda j, r, i: (i, 0, j // share, 0))
-    row = pl.BlockSpec((None, None, plan.own), lambda j, r, i: (i, j, r))
+
+    def line(step: Any, group: Any, i: Any) -> tuple[Any, Any, Any]:
+        member, tile = parts.own(step, share, plan, causal)
+        return i, group * share + member, tile
+
+    def block(*place: Any) -> tuple[Any, Any, Any, int]:
+        i, head, tile = line(*place)
+        return i, tile, head, 0
+
+    rows = pl.BlockSpec((None, plan.own, None, wide), block)
+    listed = pl.BlockSpec((None, plan.listed_length, None, wide), lambda _, group, i: (i, 0, group, 0))
+    row = pl.BlockSpec((None, None, plan.own), line)
     specs = {"query": rows, "dout": rows, "key": listed, "value": listed, "lse": row, "delta": row}
     if key_bias is not None:
         args["bias"] = parts.last_padded(key_bias * LOG2E, plan.listed_length)
-        specs["bias"] = pl.BlockSpec((None, plan.listed_length), lambda j, r, i: (i, 0))
+        specs["bias"] = pl.BlockSpec((None, plan.listed_length), lambda _, group, i: (i, 0))
     out = parts.call(
-        functools.partial(_query_kernel, plan=plan, causal=causal, scale=scale),
+        functools.partial(_query_kernel, plan=plan, causal=causal, share=share, scale=scale),
         args,
         specs,
         plan,
-        grid=(heads, plan.tiles, batch),
+        grid=(share * plan.tiles, heads // share, batch),
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(args["query"].shape, dtype),
         interpret=interpret,
@@ -98,9 +107,10 @@ def _query_gradient(
     return out[:, :length, :, :width]
 
 
-def _query_kernel(refs: dict[str, Any], out_ref: Any, *, plan: Plan, causal: bool, scale: float) -> None:
-    head, tile, row = (pl.program_id(axis) for axis in range(3))
-    place = parts.place(refs["ids"], row, head, pl.num_programs(0), tile, plan)
+def _query_kernel(refs: dict[str, Any], out_ref: Any, *, plan: Plan, causal: bool, share: int, scale: float) -> None:
+    step, group, row = (pl.program_id(axis) for axis in range(3))
+    member, tile = parts.own(step, share, plan, causal)
+    place = parts.place(refs["ids"], row, group * share + member, pl.num_programs(1) * share, tile, plan)
     query, dout, lse, delta = (refs[name][...] for name in ("query", "dout", "lse", "delta"))
 
     def work(number: Any, start: Any, mask: Any, masked: bool, out: Any) -> Any:
@@ -110,7 +120,9 @@ def _query_kernel(refs: dict[str, Any], out_ref: Any, *, plan: Plan, causal: boo
         if "bias" in refs:
             logits += refs["bias"][rows][None, :]
         if masked:
-            logits = jnp.where(parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, True), logits, -jnp.inf)
+            logits = jnp.where(
+                parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, True), logits, -jnp.inf
+            )
         weights = jnp.exp2(logits - lse[:, None])
         dlogits = weights * (parts.product(dout, refs["value"][rows, :], 1, 1) - delta[:, None])
         return out + parts.product(dlogits.astype(key.dtype), key, 1, 0)
@@ -148,35 +160,44 @@ def _key_gradients(
     }
     parts.add_bank(args, back)
     wide = args["key"].shape[3]
-    rows = pl.BlockSpec((None, plan.own, None, wide), lambda j, r, i: (i, r, j, 0))
-    listed = pl.BlockSpec((None, plan.listed_length, share, wide), lambda j, r, i: (i, 0, j, 0))
-    lines = pl.BlockSpec((None, share, plan.listed_length), lambda j, r, i: (i, j, 0))
+    rows = pl.BlockSpec((None, plan.own, None, wide), lambda tile, group, i: (i, tile, group, 0))
+    listed = pl.BlockSpec((None, plan.listed_length, share, wide), lambda tile, group, i: (i, 0, group, 0))
+    lines = pl.BlockSpec((None, share, plan.listed_length), lambda tile, group, i: (i, group, 0))
     specs = {"key": rows, "value": rows, "query": listed, "dout": listed, "lse": lines, "delta": lines}
+    out_specs = [rows, rows]
+    out_shape = [jax.ShapeDtypeStruct(args[name].shape, dtype) for name in ("key", "value")]
     if key_bias is not None:
         args["bias"] = parts.last_padded(key_bias * LOG2E, plan.own_length)
-        specs["bias"] = pl.BlockSpec((None, plan.own), lambda j, r, i: (i, r))
-    columns = pl.BlockSpec((None, None, plan.own), lambda j, r, i: (i, j, r))
-    shapes = [jax.ShapeDtypeStruct(args[name].shape, dtype) for name in ("key", "value")]
-    dkey, dvalue, dbias = parts.call(
+        specs["bias"] = pl.BlockSpec((None, plan.own), lambda tile, group, i: (i, tile))
+        out_specs.append(pl.BlockSpec((None, None, plan.own), lambda tile, group, i: (i, group, tile)))
+        out_shape.append(jax.ShapeDtypeStruct((batch, groups, plan.own_length), jnp.float32))
+    dkey, dvalue, *dbias = parts.call(
         functools.partial(_key_kernel, plan=plan, causal=causal, scale=scale, share=share),
         args,
         specs,
         plan,
-        grid=(groups, plan.tiles, batch),
-        out_specs=[rows, rows, columns],
-        out_shape=[*shapes, jax.ShapeDtypeStruct((batch, groups, plan.own_length), jnp.float32)],
+        grid=(plan.tiles, groups, batch),
+        out_specs=out_specs,
+        out_shape=out_shape,
         interpret=interpret,
         name="block_sparse_attention_key_gradients",
     )
     dkey, dvalue = (leaf[:, :length, :, :width] for leaf in (dkey, dvalue))
-    return dkey, dvalue, None if key_bias is None else jnp.sum(dbias[..., :length], axis=1)
+    return dkey, dvalue, None if key_bias is None else jnp.sum(dbias[0][..., :length], axis=1)
 
 
 def _key_kernel(
-    refs: dict[str, Any], dkey_ref: Any, dvalue_ref: Any, dbias_ref: Any, *, plan: Plan, causal: bool, scale: float, share: int
+    refs: dict[str, Any],
+    dkey_ref: Any,
+    dvalue_ref: Any,
+    *dbias_ref: Any,
+    plan: Plan,
+    causal: bool,
+    scale: float,
+    share: int,
 ) -> None:
-    group, tile, row = (pl.program_id(axis) for axis in range(3))
-    heads = pl.num_programs(0) * share
+    tile, group, row = (pl.program_id(axis) for axis in range(3))
+    heads = pl.num_programs(1) * share
     key, value = refs["key"][...], refs["value"][...]
 
     # Logits are held as keys x queries, so that no product needs them transposed.
@@ -184,7 +205,7 @@ def _key_kernel(
         place = parts.place(refs["ids"], row, group * share + one, heads, tile, plan)
 
         def work(number: Any, start: Any, mask: Any, masked: bool, state: Any) -> Any:
-            dkey, dvalue, dbias = state
+            dkey, dvalue, *dbias = state
             rows = pl.ds(number * plan.listed_block + start, plan.listed)
             query, dout = (refs[name][rows, one, :] for name in ("query", "dout"))
             lse, delta = (refs[name][one, rows] for name in ("lse", "delta"))
@@ -198,13 +219,15 @@ def _key_kernel(
             dvalue += parts.product(weights.astype(dout.dtype), dout, 1, 0)
             dlogits = weights * (parts.product(value, dout, 1, 1) - delta[None, :])
             dkey += parts.product(dlogits.astype(query.dtype), query, 1, 0)
-            return dkey, dvalue, dbias + jnp.sum(dlogits, axis=1)
+            return dkey, dvalue, *(total + jnp.sum(dlogits, axis=1) for total in dbias)
 
         return parts.walk(refs, place, plan, work, state)
 
     zeros = jnp.zeros(key.shape, jnp.float32)
-    state = (zeros, zeros, jnp.zeros((plan.own,), jnp.float32))
-    dkey, dvalue, dbias = member(0, state) if share == 1 else jax.lax.fori_loop(0, share, member, state)
+    # A sum that nobody asks for would cost registers all the same.
+    state = (zeros, zeros, *(jnp.zeros((plan.own,), jnp.float32) for _ in dbias_ref))
+    dkey, dvalue, *dbias = member(0, state) if share == 1 else jax.lax.fori_loop(0, share, member, state)
     dkey_ref[...] = (dkey * scale).astype(dkey_ref.dtype)
     dvalue_ref[...] = dvalue.astype(dvalue_ref.dtype)
-    dbias_ref[...] = dbias
+    for ref, total in zip(dbias_ref, dbias, strict=True):
+        ref[...] = total

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of the GPU kernels: tiles, lists in the order in which they are worked, masks, products.
 
-A program owns a tile of rows of one side and walks the blocks that are listed for it, a tile of the other side a turn. Masks cost
-a sixth of a turn, so a list is put in order first: blocks in which every pair is attended, then the others. The kernels then have
-one loop without any mask and one with all of them, and the compiler overlaps loads and products in both.
+A program owns a tile of rows of one side and walks the blocks that are listed for it, a tile of the other side a turn. Masks
+on every block would cost a sixth of the time, so a list is put in order first: blocks in which every pair is attended, then the
+others. The kernels have one loop without any mask and one with all, and the compiler overlaps loads and products in both.
 
 Shapes: B batch, N rows, M rows with padding, H heads, d head width, C blocks; R own blocks, K list capacity.
 """
@@ -81,20 +81,32 @@ def make_plan(index: BlockIndex, own: int, listed: int, warps: int, stages: int)
     return Plan(*sides, index.block_q, index.block_k, index.queries, index.keys, warps, stages)
 
 
-# Tiles `(own, listed)`, warps and stages for heads up to a width, by what fits the registers without spills.
+# Tiles `(own, listed)`, warps and stages by bytes of a number and for heads up to a width: the tallest own tile, since each
+# reads the listed side anew, then the widest listed one, that the compiler for Hopper keeps in registers without a spill, with
+# masks and bias; and three stages where 227 KiB of shared memory hold them. Exact float32 products have no matrix unit.
 _SIZES = {
-    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-    "query_gradient": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-    "key_gradients": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+    (2, "forward"): {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
+    (2, "query_gradient"): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+    (2, "key_gradients"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 16, 8, 2)},
+    (4, "forward"): {64: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
+    (4, "query_gradient"): {64: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
+    (4, "key_gradients"): {128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
 
 
 def sizes(kernel: str, width: int, dtype: Any) -> tuple[int, int, int, int]:
-    """Tiles, warps and stages of a kernel."""
-    for widest, found in _SIZES[kernel].items():
+    """Tiles, warps and stages of a kernel.
+
+    Raises:
+      NotImplementedError: heads wider than 256, or numbers of another size.
+    """
+    found = _SIZES.get((jnp.dtype(dtype).itemsize, kernel))
+    if found is None:
+        raise NotImplementedError(f"the GPU kernels take bfloat16, float16 and float32; got {jnp.dtype(dtype)}")
+    for widest, size in found.items():
         if width <= widest:
-            return found
-    raise NotImplementedError(f"the GPU kernels take heads of up to 256; got {width}")
+            return size
+    raise NotImplementedError(f"the GPU kernels take heads of up to {widest}; got a width of {width}")
 
 
 def lists(index: BlockIndex, causal: bool, *, own_queries: bool) -> dict[str, Array]:
@@ -135,8 +147,8 @@ def lists(index: BlockIndex, causal: bool, *, own_queries: bool) -> dict[str, Ar
 def walk(refs: dict[str, Any], place: tuple[Any, ...], plan: Plan, work: Callable[..., Any], state: Any) -> Any:
     """`state` after `work(number, start, tile, masked, state)` for every tile of listed rows.
 
-    `place` is where the list stands in the tables; `number` is the listed block and `start` the first row within it; `tile` is the
-    number of the mask's tile, None where there are none.
+    `place` is where the list stands in the tables; `number` is the listed block and `start` the first row within it; `tile` is
+    the number of the mask's tile, None where there are none.
     """
     turns = plan.listed_block // plan.listed
 
@@ -190,6 +202,16 @@ def last_padded(x: Float[Array, "... N"], length: int, fill: float = 0.0) -> Flo
     """Float32, with `fill` up to `length` at the end."""
     widths = [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])]
     return jnp.pad(x.astype(jnp.float32), widths, constant_values=fill)
+
+
+def own(step: Any, share: int, plan: Plan, causal: bool) -> tuple[Any, Any]:
+    """`(head among those that share keys, own tile)` of a step of the grid, for tiles of queries.
+
+    Programs that start together read the same keys, so that all but one find them in the second-level cache. Under a causal
+    mask the last queries, whose lists are longest, go first, so that no processor is left with one of them at the end.
+    """
+    tile = jax.lax.div(step, share)
+    return jax.lax.rem(step, share), plan.tiles - 1 - tile if causal else tile
 
 
 def place(table: Any, row: Any, head: Any, heads: int, tile: Any, plan: Plan) -> tuple[Any, Any, Any]:

@@ -2,8 +2,8 @@
 """Biased attention and its column statistics for GPUs: the kernels of block-sparse attention over the list of all blocks.
 
 A list costs one scalar load a block, and a causal mask is the list of blocks up to the diagonal, with a mask on the last ones
-only. The column statistics are a second pass in which a program owns keys and walks the queries, with weights computed again from
-the log-sum-exp of the first pass: half the products of that.
+only. The column statistics are a second pass in which a program owns keys and walks the queries, with weights computed again
+from the log-sum-exp of the first pass: half the products of that.
 
 Shapes: B batch, Q queries, K keys, H heads, G key heads, d head width.
 """

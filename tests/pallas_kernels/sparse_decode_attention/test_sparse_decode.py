@@ -51,7 +51,9 @@ def loop(query, keys, values, pages, lengths, bias=None, sinks=None):
 
 @functools.cache
 def runner(implementation):
-    return jax.jit(functools.partial(sparse_decode_attention, implementation=implementation))
+    # Programs run a few times each.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(functools.partial(sparse_decode_attention, implementation=implementation), compiler_options=quick)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

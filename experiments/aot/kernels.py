@@ -35,6 +35,9 @@ GPU_NAMES = (
     "block_sparse_attention_forward",
     "block_sparse_attention_key_gradients",
     "block_sparse_attention_query_gradient",
+    "ragged_prefix_hidden",
+    "ragged_prefix_over_rows",
+    "ragged_prefix_product",
     "sparse_decode_attention",
 )
 

@@ -4,7 +4,7 @@
 Registers cannot hold tall tiles of both products at once, so they are not fused: a tile of the hidden layer that no row needs
 is neither computed nor written, and the second product sums only the hidden numbers that its rows need. Each hidden number has
 a limit, the rows that its unit runs on; limits never rise, so what a tile needs is a prefix. Rows past a limit in the last tile
-of a unit are masked. The backward pass computes the hidden layer again and is made of the same products and one more, over rows.
+of a unit are masked. The backward pass computes the hidden layer again, by the same products and one more, over rows.
 
 Shapes: R rows, T rows of a tile, D features, K units, U hidden numbers of all units, E outputs.
 """
@@ -183,7 +183,8 @@ def _hidden(
 def _hidden_kernel(refs: dict[str, Any], out_ref: Any, *, tiles: Tiles, activation: Any, length: int) -> None:
     column, tile = pl.program_id(0) * tiles.columns, pl.program_id(1) * tiles.rows
     columns = pl.ds(column, tiles.columns)
-    needed = refs["limits"][column] > tile
+    # 0 or 1: Triton takes no comparison for a bound of a loop.
+    needed = jnp.clip(refs["limits"][column] - tile, 0, 1)
 
     def turn(step: Any, total: Any) -> Any:
         depth = step * tiles.depth
@@ -191,11 +192,11 @@ def _hidden_kernel(refs: dict[str, Any], out_ref: Any, *, tiles: Tiles, activati
         return total + _product(left, refs["up"][pl.ds(depth, tiles.depth), columns], 1)
 
     total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-    total = jax.lax.fori_loop(0, jnp.where(needed, refs["rows"].shape[1] // tiles.depth, 0), turn, total)
+    total = jax.lax.fori_loop(0, needed * (refs["rows"].shape[1] // tiles.depth), turn, total)
     hidden = activation(total + refs["bias"][columns].astype(jnp.float32)[None, :])
     places = tile + jax.lax.broadcasted_iota(jnp.int32, hidden.shape, 0)
     hidden = jnp.where(places < refs["limits"][columns][None, :], hidden, 0)
-    plgpu.store(out_ref, hidden.astype(out_ref.dtype), mask=(places < length) & needed)
+    plgpu.store(out_ref, hidden.astype(out_ref.dtype), mask=(places < length) & (needed > 0))
 
 
 def _prefix(

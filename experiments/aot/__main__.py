@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from etils import epath
 
 from experiments import config as config_lib
 from experiments import data, parallel, tasks, train
-from experiments.aot import compiler, kernels
+from experiments.aot import compiler, kernels, points
 from experiments.evaluate import parse_overrides
 
 
@@ -84,7 +85,7 @@ def _kernel_rows(options: argparse.Namespace, chips: tuple[str, ...], dump: str)
     names = list(kernels.KERNELS) if options.kernel == "all" else [options.kernel]
     for name in names:
         rows = []
-        for row in kernels.rows(name, chips, dump):
+        for row in itertools.chain(points.rows(name, chips, dump), kernels.rows(name, chips, dump)):
             rows.append(row)
             yield row
         if options.out:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from etils import epath
 
 from experiments import config as config_lib
 from experiments import data, parallel, tasks, train
-from experiments.aot import compiler, gpu, kernels
+from experiments.aot import compiler, gpu, kernels, points
 from experiments.evaluate import parse_overrides
 
 
@@ -82,11 +83,17 @@ def _collectives(compiled: Any) -> dict[str, dict[str, int]]:
     return dict(found)
 
 
+def _rows_of(name: str, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
+    if set(chips) <= gpu.CARDS.keys():
+        return kernels.gpu_rows(name, chips)
+    return itertools.chain(points.rows(name, chips, dump), kernels.rows(name, chips, dump))
+
+
 def _kernel_rows(options: argparse.Namespace, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
     names = list(kernels.KERNELS) if options.kernel == "all" else [options.kernel]
     for name in names:
         rows = []
-        for row in kernels.gpu_rows(name, chips) if set(chips) <= gpu.CARDS.keys() else kernels.rows(name, chips, dump):
+        for row in _rows_of(name, chips, dump):
             rows.append(row)
             yield row
         if options.out:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,6 +41,7 @@ GPU_NAMES = (
     "ragged_prefix_product",
     "sparse_decode_attention",
 )
+KIND = "estimated from the compiler's schedule; nothing was run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +207,10 @@ def gpu_rows(name: str, cards: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     for case in KERNELS[name]("gpu"):
         for card in cards:
             row = {"op": name, "shape": case.shape, "part": case.part, "chip": card}
-            kind = {"kind": "compiled for a described card; nothing was run", "versions": _versions("jax", "jaxlib")}
+            kind = {
+                "kind": "compiled for a described card; nothing was run",
+                "versions": compiler_versions("jax", "jaxlib"),
+            }
             try:
                 found = gpu.compile_kernels(case.function, case.arguments, card)
             except NotImplementedError as error:
@@ -216,25 +221,58 @@ def gpu_rows(name: str, cards: tuple[str, ...]) -> Iterator[dict[str, Any]]:
             yield row | kind | {"kernels": own, "others": len(found) - len(own)}
 
 
-def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
-    chip = compiler.CHIPS[generation]
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """What the compiler made of a function for one chip.
+
+    Attributes:
+      kernels: schedules of its kernels. calls: of kernels in it.
+      instructions: cycles that the compiler estimates for each other instruction, and the `op_name` it comes from.
+      places: `op_name` of each kernel.
+    """
+
+    kernels: tuple[schedule.Program, ...]
+    calls: int
+    instructions: tuple[tuple[int, str], ...]
+    places: tuple[str, ...]
+
+
+def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], generation: str, dump: str) -> Scheduled:
+    """The schedules of a function of arrays on the smallest machine of a generation; it is compiled and not run.
+
+    Args:
+      dump: folder that `compiler.prepare` was given.
+    """
     mesh = parallel.make_mesh("none", compiler.devices(compiler.SMALLEST[generation]))
-    arguments = jax.tree.map(lambda x: _Array(x.shape, x.dtype, sharding=parallel.replicated(mesh)), case.arguments)
+    arguments = jax.tree.map(lambda x: _Array(x.shape, x.dtype, sharding=parallel.replicated(mesh)), arguments)
     for old in pathlib.Path(dump).glob("*"):
         old.unlink()
     # Kernels ask the mesh which chip they are for.
     with parallel.on_mesh(mesh):
-        traced = jax.jit(case.function).trace(*arguments)
+        traced = jax.jit(function).trace(*arguments)
     lowered = traced.lower(lowering_platforms=("tpu",))
-    kernels = lowered.as_text().count("@tpu_custom_call")
-    compiled = lowered.compile()
+    text = lowered.compile().as_text()
+    places = {
+        name: _place(line) for name, line in _instructions(text) if 'custom_call_target="tpu_custom_call"' in line
+    }
+    own = [program for program in schedule.read(dump) if program.name in places]
+    estimates = re.compile(r'"estimated_cycles":"?(\d+)')
+    return Scheduled(
+        tuple(own),
+        lowered.as_text().count("@tpu_custom_call"),
+        tuple((int(found[1]), _place(line)) for _, line in _instructions(text) if (found := estimates.search(line))),
+        tuple(places[program.name] for program in own),
+    )
+
+
+def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
+    chip = compiler.CHIPS[generation]
+    found = compiled(case.function, case.arguments, generation, dump)
     microseconds = 1e6 / chip.clock
-    text = compiled.as_text()
-    own = [program for program in schedule.read(dump) if _is_kernel(program.name, text)]
     return {
         "chip": generation,
-        "kind": "estimated from the compiler's schedule; nothing was run",
-        "kernel_calls": kernels,
+        "kind": KIND,
+        "kernel_calls": found.calls,
         "kernels": [
             {
                 "name": program.name,
@@ -244,19 +282,26 @@ def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
                 "schedule_us": round(program.cycles() * microseconds, 2),
                 "regions": program.plain_regions(),
             }
-            for program in own
+            for program in found.kernels
         ],
-        "other_us": round(compiler.estimated_cycles(compiled) * microseconds, 2),
+        "other_us": round(sum(cycles for cycles, _ in found.instructions) * microseconds, 2),
         "hbm_us": None if case.bytes is None else round(1e6 * case.bytes / chip.bandwidth, 2),
-        "versions": _versions("jax", "jaxlib", "libtpu"),
+        "versions": compiler_versions("jax", "jaxlib", "libtpu"),
     }
 
 
-def _versions(*names: str) -> dict[str, str]:
+def compiler_versions(*names: str) -> dict[str, str]:
+    """Of what compiles."""
     return {name: version for name, version in versions().items() if name in names}
 
 
-def _is_kernel(name: str, text: str) -> bool:
-    """Whether the instruction of this name calls a kernel."""
-    line = next((line for line in text.splitlines() if f"%{name} = " in line), "")
-    return 'custom_call_target="tpu_custom_call"' in line
+def _instructions(text: str) -> Iterator[tuple[str, str]]:
+    """Name and line of each instruction of a compiled program."""
+    for line in text.splitlines():
+        if match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line):
+            yield match[1], line
+
+
+def _place(line: str) -> str:
+    match = re.search(r'op_name="([^"]*)"', line)
+    return match[1] if match else ""

@@ -20,6 +20,15 @@ def preference(platform: str | None = None) -> tuple[str, ...]:
     return _PREFERENCE.get(platform or jax.default_backend(), ("xla",))
 
 
+def left_to_xla(reason: str) -> Callable[..., Any]:
+    """What stands for "gpu" where plain JAX is as good there: named, it refuses with the `reason` and says what to name."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{reason}; implementation='xla' is the one for GPUs")
+
+    return refuse
+
+
 def call(
     operation: str,
     implementations: Mapping[str, Callable[..., Any]],

@@ -19,6 +19,8 @@ from experiments.rundir import versions
 from pallas_kernels import compact as compaction
 from pallas_kernels import merge as merging
 from pallas_kernels import ragged_prefix_mlp as prefix
+from pallas_kernels.biased_flash_attention import attention_column_stats, biased_attention
+from pallas_kernels.biased_flash_attention import specs as biased_specs
 from pallas_kernels.bipartite_match import bipartite_match
 from pallas_kernels.bipartite_match import specs as match_specs
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
@@ -33,12 +35,15 @@ _Array = jax.ShapeDtypeStruct
 # Names that the GPU kernels carry.
 GPU_NAMES = (
     "attention_column_stats",
+    "bipartite_match",
     "block_sparse_attention_forward",
     "block_sparse_attention_key_gradients",
     "block_sparse_attention_query_gradient",
+    "merge",
     "ragged_prefix_hidden",
     "ragged_prefix_over_rows",
     "ragged_prefix_product",
+    "restore",
     "sparse_decode_attention",
 )
 KIND = "estimated from the compiler's schedule; nothing was run"
@@ -154,6 +159,23 @@ def _block_sparse_attention(implementation: str) -> Iterator[Case]:
         yield Case(name, "forward and backward", _both(attend), (query, arrays, index))
 
 
+def _biased_flash_attention(implementation: str) -> Iterator[Case]:
+    for name, spec in biased_specs.NAMED.items():
+        shapes = [(spec.batch, spec.tokens, heads, spec.width) for heads in (spec.heads, spec.groups, spec.groups)]
+        query, key, value = (_Array(shape, spec.dtype) for shape in shapes)
+        bias = _Array((spec.batch, spec.tokens), jnp.float32)
+        options = {"causal": spec.causal, "softmax": spec.softmax, "implementation": implementation}
+
+        def attend(arrays: Any, _: None, options: Any = options) -> Any:
+            return biased_attention(*arrays[:3], key_bias=arrays[3], **options)
+
+        def stats(query: Any, key: Any, key_bias: Any, options: Any = options) -> Any:
+            return attention_column_stats(query, key, key_bias=key_bias, **options)
+
+        yield Case(name, "forward and backward", _both(attend), (query, (query, key, value, bias), None))
+        yield Case(name, "column statistics", stats, (query, key, bias))
+
+
 def _both(function: Callable[..., Any]) -> Callable[..., Any]:
     """`(cotangent, arrays, lists) -> (output, gradients of the arrays)` of a `function(arrays, lists)`."""
 
@@ -169,6 +191,7 @@ def _itemsize(dtype: str) -> int:
 
 
 KERNELS: dict[str, Callable[[str], Iterator[Case]]] = {
+    "biased_flash_attention": _biased_flash_attention,
     "bipartite_match": _bipartite_match,
     "block_sparse_attention": _block_sparse_attention,
     "compact": _compact,

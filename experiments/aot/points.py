@@ -179,7 +179,11 @@ def _forward_row(
         "spill_stores": found.kernels[0].spill_stores,
     }
     if best is not None:
-        row |= {"peer": "splash attention, dense, blocks of 1024", "peer_us": 1e6 * best, "S": seconds / (density * best)}
+        row |= {
+            "peer": "splash attention, dense, blocks of 1024",
+            "peer_us": 1e6 * best,
+            "S": seconds / (density * best),
+        }
     return _finished(row)
 
 
@@ -334,7 +338,7 @@ def _finished(row: dict[str, Any]) -> dict[str, Any]:
             return {key: short(one) for key, one in value.items()}
         return round(value, 4 if abs(value) < 10 else 1) if isinstance(value, float) else value
 
-    return {**short(row), "kind": kernels.KIND, "versions": kernels.compiler_versions()}
+    return {**short(row), "kind": kernels.KIND, "versions": kernels.compiler_versions("jax", "jaxlib", "libtpu")}
 
 
 POINTS: dict[str, Callable[[tuple[str, ...], str], Iterator[dict[str, Any]]]] = {

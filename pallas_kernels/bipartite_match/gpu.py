@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import guarded
 from pallas_kernels.bipartite_match.reference import TINY
 from pallas_kernels.block_sparse_attention.gpu_parts import SMALLEST, product
 
@@ -84,7 +85,7 @@ def _kernel(
     columns = right_ref.shape[0]
     place = pl.program_id(0) * tall + jax.lax.broadcasted_iota(jnp.int32, (tall,), 0)
     real = place < rows
-    left = plgpu.load(left_ref, mask=jnp.broadcast_to(real[:, None], left_ref.shape), other=0)
+    left = guarded.take(left_ref, jnp.broadcast_to(real[:, None], left_ref.shape))
     own = _square(left)
 
     def turn(step: Any, state: tuple) -> tuple:
@@ -92,8 +93,8 @@ def _kernel(
         number = first + jax.lax.broadcasted_iota(jnp.int32, (_TURN,), 0)
         there = number < columns
         window = pl.ds(first, _TURN)
-        right = plgpu.load(right_ref.at[window, :], mask=jnp.broadcast_to(there[:, None], (_TURN, wide)), other=0)
-        bias = plgpu.load(bias_ref.at[window], mask=there, other=-jnp.inf)
+        right = guarded.take(right_ref.at[window, :], jnp.broadcast_to(there[:, None], (_TURN, wide)))
+        bias = guarded.take(bias_ref.at[window], there, -jnp.inf)
         scores = product(left, right, 1, 1)
         if metric == "cosine":
             scores *= jax.lax.rsqrt(jnp.maximum(own, TINY))[:, None]
@@ -106,8 +107,8 @@ def _kernel(
     state = jax.lax.fori_loop(0, pl.cdiv(columns, _TURN), turn, (nothing,) * value_ref.shape[0])
     for rank, (value, index) in enumerate(state):
         line = pl.ds(rank, 1), slice(None)
-        plgpu.store(value_ref.at[line], value[None], mask=real[None])
-        plgpu.store(index_ref.at[line], jnp.where(value == -jnp.inf, 0, index)[None], mask=real[None])
+        guarded.put(value_ref.at[line], value[None], real[None])
+        guarded.put(index_ref.at[line], jnp.where(value == -jnp.inf, 0, index)[None], real[None])
 
 
 def _square(rows: Float[Array, "T C"]) -> Float[Array, " T"]:

@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import guarded
+
 # Features of a program: 16 bytes for each of 128 threads in bfloat16, twice.
 _WIDE, _WARPS = 2048, 4
 
@@ -70,18 +72,18 @@ def _merge_kernel(
 
     def add(step: Any, total: Array) -> Array:
         token = order_ref[step]
-        row = plgpu.load(values_ref.at[token, :], mask=mask, other=0)
+        row = guarded.take(values_ref.at[token, :], mask)
         return total + weight_ref[token] * row.astype(jnp.float32)
 
     zeros = jnp.zeros(out_ref.shape, jnp.float32)
     total = jax.lax.fori_loop(starts_ref[slot], starts_ref[slot + 1], add, zeros)
-    plgpu.store(out_ref, total.astype(out_ref.dtype), mask=mask)
+    guarded.put(out_ref, total.astype(out_ref.dtype), mask)
 
 
 def _restore_kernel(assign_ref: Any, values_ref: Any, out_ref: Any, *, width: int) -> None:
     slot, mask = assign_ref[pl.program_id(0)], _mask(out_ref, width)
-    row = plgpu.load(values_ref.at[jnp.maximum(slot, 0), :], mask=mask & (slot >= 0), other=0)
-    plgpu.store(out_ref, row, mask=mask)
+    row = guarded.take(values_ref.at[jnp.maximum(slot, 0), :], mask & (slot >= 0))
+    guarded.put(out_ref, row, mask)
 
 
 def _mask(out_ref: Any, width: int) -> Array:

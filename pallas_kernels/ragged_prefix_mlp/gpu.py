@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import guarded
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 
 
@@ -196,7 +197,7 @@ def _hidden_kernel(refs: dict[str, Any], out_ref: Any, *, tiles: Tiles, activati
     hidden = activation(total + refs["bias"][columns].astype(jnp.float32)[None, :])
     places = tile + jax.lax.broadcasted_iota(jnp.int32, hidden.shape, 0)
     hidden = jnp.where(places < refs["limits"][columns][None, :], hidden, 0)
-    plgpu.store(out_ref, hidden.astype(out_ref.dtype), mask=(places < length) & (needed > 0))
+    guarded.put(out_ref, hidden.astype(out_ref.dtype), (places < length) & (needed > 0))
 
 
 def _prefix(
@@ -243,7 +244,7 @@ def _prefix_kernel(refs: dict[str, Any], out_ref: Any, *, tiles: Tiles, length: 
     total = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(refs["live"][pl.program_id(1)], tiles.depth), turn, total)
     places = tile + jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
-    plgpu.store(out_ref, total.astype(out_ref.dtype), mask=places < length)
+    guarded.put(out_ref, total.astype(out_ref.dtype), places < length)
 
 
 def _over_rows(
@@ -313,7 +314,7 @@ def _rows(ref: Any, first: Any, size: int, column: Any, width: int, length: int)
     if length % size == 0:
         return tile[...]
     places = first + jax.lax.broadcasted_iota(jnp.int32, (size, width), 0)
-    return plgpu.load(tile, mask=places < length, other=0)
+    return guarded.take(tile, places < length)
 
 
 def _cut(tile: Array, first: Any, limits: Array) -> Array:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import guarded
 from pallas_kernels.block_sparse_attention.gpu_parts import LN2, LOG2E, LOWEST, SMALLEST, product
 from pallas_kernels.sparse_decode_attention.xla import stack, unstack
 
@@ -123,7 +124,7 @@ def _kernel(
         if width < wide:
             mask &= columns < width
         at = jnp.broadcast_to(place[:, None], columns.shape), columns
-        key, value = (plgpu.load(refs[name].at[at], mask=mask, other=0) for name in ("key", "value"))
+        key, value = (guarded.take(refs[name].at[at], mask) for name in ("key", "value"))
         logits = product(query, key, 1, 1) * factor
         if "bias" in refs:
             logits += refs["bias"][place][None, :]
@@ -142,8 +143,8 @@ def _kernel(
     some = total > 0
     total = jnp.where(some, total, 1.0)
     real = jax.lax.broadcasted_iota(jnp.int32, (tall,), 0) < rows
-    plgpu.store(out_ref, out / total[:, None], mask=jnp.broadcast_to(real[:, None], out.shape))
-    plgpu.store(lse_ref, jnp.where(some, (peak + jnp.log2(total)) * LN2, -jnp.inf), mask=real)
+    guarded.put(out_ref, out / total[:, None], jnp.broadcast_to(real[:, None], out.shape))
+    guarded.put(lse_ref, jnp.where(some, (peak + jnp.log2(total)) * LN2, -jnp.inf), real)
 
 
 def _join(

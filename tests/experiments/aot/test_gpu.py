@@ -65,7 +65,7 @@ def test_every_kernel_compiles_for_an_h200_and_spills_nothing(name):
         assert row["kernels"], row
         for kernel in row["kernels"]:
             assert kernel["spill_stores"] == kernel["spill_loads"] == 0, (row["shape"], kernel)
-            assert 16 < kernel["registers"] <= 255 and kernel["threads"] >= 128
+            assert 0 < kernel["registers"] <= 255 and kernel["threads"] >= 128
 
 
 @needs_compiler

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels import guarded
 from pallas_kernels.block_sparse_attention.index import FULL, BlockIndex
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
@@ -230,7 +231,12 @@ def add_bank(args: dict[str, Array], index: BlockIndex) -> None:
 def call(
     kernel: Callable[..., Any], args: dict[str, Array], specs: dict[str, pl.BlockSpec], plan: Plan, **options: Any
 ) -> Any:
-    """The kernel over `args`; those without a spec are seen whole."""
+    """The kernel over `args`; those without a spec are seen whole.
+
+    Raises:
+      NotImplementedError: an array of 2^31 numbers or more.
+    """
+    guarded.addressable(options["name"], args)
     whole = {name: pl.BlockSpec(leaf.shape, lambda *_, rank=leaf.ndim: (0,) * rank) for name, leaf in args.items()}
     params = plgpu.CompilerParams(num_warps=plan.warps, num_stages=plan.stages)
     return pl.pallas_call(kernel, in_specs=[whole | specs], compiler_params=params, **options)(args)

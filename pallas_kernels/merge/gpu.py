@@ -50,6 +50,7 @@ def restore(
 
 def _call(kernel: Any, tables: tuple[Array, ...], values: Array, rows: int, interpret: bool, name: str) -> Array:
     """The kernel over rows of the result and pieces of their features; a program sees all tables and rows of its batch row."""
+    guarded.addressable(name, {"values": values})
     batch, length, width = values.shape
     wide = min(_WIDE, pl.next_power_of_2(width))
     whole = [pl.BlockSpec((None, table.shape[1]), lambda row, piece, i: (i, 0)) for table in tables]

@@ -51,7 +51,7 @@ def sparse_decode_attention(
     """Online softmax in float32; products in the dtype of the pages.
 
     Raises:
-      NotImplementedError: heads wider than 256, or more than 64 query rows that share a key head.
+      NotImplementedError: heads wider than 256, more than 64 query rows that share a key head, or 2^31 numbers in the cache.
     """
     (groups, count, slots, width), (batch, _, listed) = key_pages.shape, pages.shape
     if width > _WIDTH:
@@ -69,6 +69,7 @@ def sparse_decode_attention(
         "pages": pages,
         "lengths": lengths,
     }
+    guarded.addressable("sparse_decode_attention", args)
     own = 1 if pages.shape[1] > 1 else 0
     # Wider than the pages where their width is no power of two; what lies beyond is never read.
     pool = pl.BlockSpec((None, count * slots, wide), lambda run, group, row: (group, 0, 0))

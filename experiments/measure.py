@@ -2,7 +2,8 @@
 """Wall-clock time of compiled functions, as ratios that hold on a noisy machine.
 
 Functions that are compared run in turn (A B A B ...) in one process after a warm-up; medians are reported with their
-spread. Every call is waited for.
+spread. Every call is waited for, or a few calls of one function together: an accelerator takes them in order, and starting one
+call takes the host longer than many a kernel runs.
 """
 
 from __future__ import annotations
@@ -27,18 +28,21 @@ class Timing:
     repeats: int
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1) -> dict[str, Timing]:
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1, calls: int = 1
+) -> dict[str, Timing]:
     """Times each function, in turn.
 
     Args:
       functions: name to a function without arguments that returns arrays.
-      repeats: timed calls of each; warmup: untimed calls of each before, at least one (it compiles).
+      repeats: timings of each; warmup: untimed calls of each before, at least one (it compiles).
+      calls: of a function in one timing, waited for together; `kernel_calls()` for single kernels.
 
     Raises:
-      ValueError: fewer than one repeat or warm-up call.
+      ValueError: fewer than one repeat, warm-up call or call.
     """
-    if repeats < 1 or warmup < 1:
-        raise ValueError(f"repeats and warmup must be at least 1; got {repeats} and {warmup}")
+    if repeats < 1 or warmup < 1 or calls < 1:
+        raise ValueError(f"repeats, warmup and calls must be at least 1; got {repeats}, {warmup} and {calls}")
     for function in functions.values():
         for _ in range(warmup):
             jax.block_until_ready(function())
@@ -46,9 +50,16 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], *, repeats: int = 7,
     for _ in range(repeats):
         for name, function in functions.items():
             start = time.perf_counter()
+            for _ in range(calls - 1):
+                function()
             jax.block_until_ready(function())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / calls)
     return {name: _timing(values) for name, values in seconds.items()}
+
+
+def kernel_calls() -> int:
+    """Calls of a single kernel to wait for together: one on a CPU, which runs them as they come."""
+    return 1 if jax.default_backend() == "cpu" else 16
 
 
 def _timing(values: list[float]) -> Timing:

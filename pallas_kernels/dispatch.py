@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
-# Names that `implementation=` may carry. "interpret" runs the TPU kernel in Pallas' interpreter and is never chosen unasked.
-NAMES = ("tpu", "gpu", "xla", "interpret")
+# Names that `implementation=` may carry. "interpret" runs the TPU kernel and "gpu_interpret" the GPU kernel in Pallas'
+# interpreters; they are never chosen unasked.
+NAMES = ("tpu", "gpu", "xla", "interpret", "gpu_interpret")
 
 _PREFERENCE = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
 
@@ -17,6 +18,15 @@ _PREFERENCE = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
 def preference(platform: str | None = None) -> tuple[str, ...]:
     """Names to try on a platform, best first; the default backend's when None."""
     return _PREFERENCE.get(platform or jax.default_backend(), ("xla",))
+
+
+def left_to_xla(reason: str) -> Callable[..., Any]:
+    """What stands for "gpu" where plain JAX is as good there: named, it refuses with the `reason` and says what to name."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{reason}; implementation='xla' is the one for GPUs")
+
+    return refuse
 
 
 def call(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiling for TPUs that are only described: memory, collectives and kernel schedules without a TPU. See `__main__`."""
+"""Compiling for TPUs and GPUs that are only described: memory, collectives, what kernels take. See `__main__`."""

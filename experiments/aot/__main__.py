@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles for TPUs with no TPU present: memory, collectives and kernel schedules, before a machine is paid for.
+"""Compiles for TPUs and GPUs with neither present: memory, collectives and what kernels take, before a machine is paid for.
 
     python -m experiments.aot --config=configs/mrt5/spans.py:gate=mrt5 --topology=v5e:4x4
     python -m experiments.aot --config=configs/tome/cifar10.py --topology=v5p:4x4x4 --set parallel.preset=fsdp
     python -m experiments.aot --kernel=merge --chips=v5e,v6e
     python -m experiments.aot --kernel=all --out=results/tpu_aot
+    python -m experiments.aot --kernel=all --chips=h200 --out=results/gpu_aot
 
 A config's training and evaluation step are compiled for all devices of the topology with the sharding that training would use;
-`--kernel` compiles a Pallas kernel at its named shapes and reads the compiler's schedule. One JSON object a line is printed.
-Times are estimates: nothing is run. The compiler is in the package libtpu (`pip install libtpu`, Linux on x86-64).
+`--kernel` compiles a Pallas kernel at its named shapes and reads the compiler's schedule, or for a GPU registers, spills and
+shared memory. One JSON object a line is printed. Times are estimates: nothing is run. The compiler for TPUs is in the package
+libtpu (`pip install libtpu`, Linux on x86-64), that for GPUs in `jax-cuda13-plugin`, `jax-cuda13-pjrt` and `nvidia-cuda-nvcc`.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import sys
 import tempfile
@@ -26,7 +29,7 @@ from etils import epath
 
 from experiments import config as config_lib
 from experiments import data, parallel, tasks, train
-from experiments.aot import compiler, kernels
+from experiments.aot import compiler, gpu, kernels, points
 from experiments.evaluate import parse_overrides
 
 
@@ -80,17 +83,38 @@ def _collectives(compiled: Any) -> dict[str, dict[str, int]]:
     return dict(found)
 
 
+def _rows_of(name: str, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
+    if set(chips) <= gpu.CARDS.keys():
+        return kernels.gpu_rows(name, chips)
+    return itertools.chain(points.rows(name, chips, dump), kernels.rows(name, chips, dump))
+
+
 def _kernel_rows(options: argparse.Namespace, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
     names = list(kernels.KERNELS) if options.kernel == "all" else [options.kernel]
     for name in names:
         rows = []
-        for row in kernels.rows(name, chips, dump):
+        for row in _rows_of(name, chips, dump):
             rows.append(row)
             yield row
         if options.out:
             folder = epath.Path(options.out)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _prepare(options: argparse.Namespace, chips: tuple[str, ...], dump: str) -> None:
+    """Gets the compiler of the chips ready.
+
+    Raises:
+      ValueError: an unknown chip, or chips of both kinds. ModuleNotFoundError: the compiler is not installed.
+    """
+    if options.kernel and set(chips) <= gpu.CARDS.keys():
+        gpu.prepare()
+        return
+    if unknown := [name for name in chips if name not in compiler.CHIPS]:
+        there = ", ".join([*compiler.CHIPS, *gpu.CARDS])
+        raise ValueError(f"--chips={options.chips}: {unknown} is not one of {there}; GPUs go by themselves")
+    compiler.prepare(dump if options.kernel else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,9 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     chips = tuple(options.chips.split(","))
     with tempfile.TemporaryDirectory(prefix="adaptive_aot_") as dump:
         try:
-            if unknown := [name for name in chips if name not in compiler.CHIPS]:
-                raise ValueError(f"--chips={options.chips}: {unknown} is not one of {', '.join(compiler.CHIPS)}")
-            compiler.prepare(dump if options.kernel else "")
+            _prepare(options, chips, dump)
             if options.kernel:
                 found = _kernel_rows(options, chips, dump)
             else:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import re
 from typing import Any
 
 import jax
@@ -120,8 +119,3 @@ def memory(compiled: Any) -> dict[str, int]:
         "code": found.generated_code_size_in_bytes,
     }
     return {**parts, "all": sum(parts.values())}
-
-
-def estimated_cycles(compiled: Any) -> int:
-    """The compiler's own estimate for everything but kernels; what stands in a loop is counted once."""
-    return sum(int(cycles) for cycles in re.findall(r'"estimated_cycles":"?(\d+)', compiled.as_text()))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from experiments import parallel
-from experiments.aot import compiler, schedule
+from experiments.aot import compiler, gpu, schedule
 from experiments.rundir import versions
 from pallas_kernels import compact as compaction
 from pallas_kernels import merge as merging
 from pallas_kernels import ragged_prefix_mlp as prefix
+from pallas_kernels.biased_flash_attention import attention_column_stats, biased_attention
+from pallas_kernels.biased_flash_attention import specs as biased_specs
 from pallas_kernels.bipartite_match import bipartite_match
 from pallas_kernels.bipartite_match import specs as match_specs
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
@@ -29,6 +32,21 @@ from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 from pallas_kernels.sparse_decode_attention import specs as decode_specs
 
 _Array = jax.ShapeDtypeStruct
+# Names that the GPU kernels carry.
+GPU_NAMES = (
+    "attention_column_stats",
+    "bipartite_match",
+    "block_sparse_attention_forward",
+    "block_sparse_attention_key_gradients",
+    "block_sparse_attention_query_gradient",
+    "merge",
+    "ragged_prefix_hidden",
+    "ragged_prefix_over_rows",
+    "ragged_prefix_product",
+    "restore",
+    "sparse_decode_attention",
+)
+KIND = "estimated from the compiler's schedule; nothing was run"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Case:
 
     Attributes:
       shape: its name in the kernel's `specs`. part: which of the op's functions, or passes.
-      function, arguments: what to compile; it names the TPU kernel, so that nothing else is compiled in silence.
+      function, arguments: what to compile; it names its implementation, so that nothing else is compiled in silence.
       bytes: that must cross HBM at least, where that is simple to say.
     """
 
@@ -48,38 +66,40 @@ class Case:
     bytes: int | None = None
 
 
-def _compact() -> Iterator[Case]:
+def _compact(implementation: str) -> Iterator[Case]:
     for name, spec in compact_specs.NAMED.items():
         moved = spec.batch * (spec.tokens + spec.slots) * spec.width * jnp.dtype(spec.dtype).itemsize
         for part, rows in (("compact", spec.tokens), ("expand", spec.slots)):
 
             def function(x: Any, keep: Any, part: str = part, slots: int = spec.slots) -> Any:
-                return getattr(compaction, part)(x, compaction.pack(keep, slots), implementation="tpu")
+                return getattr(compaction, part)(x, compaction.pack(keep, slots), implementation=implementation)
 
             x = _Array((spec.batch, rows, spec.width), spec.dtype)
             yield Case(name, part, function, (x, _Array((spec.batch, spec.tokens), jnp.bool_)), moved)
 
 
-def _bipartite_match() -> Iterator[Case]:
+def _bipartite_match(implementation: str) -> Iterator[Case]:
     for name, spec in match_specs.NAMED.items():
         left, right = (spec.tokens + 1) // 2, spec.tokens // 2
-        function = functools.partial(bipartite_match, implementation="tpu")
+        function = functools.partial(bipartite_match, implementation=implementation)
         arrays = (_Array((spec.batch, rows, spec.channels), spec.dtype) for rows in (left, right))
         read = spec.batch * spec.tokens * spec.channels * _itemsize(spec.dtype)
         yield Case(name, "best", function, tuple(arrays), read)
 
 
-def _merge() -> Iterator[Case]:
+def _merge(implementation: str) -> Iterator[Case]:
     for name, spec in merge_specs.NAMED.items():
         moved = spec.batch * (spec.tokens + spec.slots) * spec.width * _itemsize(spec.dtype)
         assign, weight = (_Array((spec.batch, spec.tokens), dtype) for dtype in (jnp.int32, jnp.float32))
         many, few = (_Array((spec.batch, rows, spec.width), spec.dtype) for rows in (spec.tokens, spec.slots))
-        merge = functools.partial(merging.merge, slots=spec.slots, implementation="tpu")
+        merge = functools.partial(merging.merge, slots=spec.slots, implementation=implementation)
         yield Case(name, "merge", merge, (many, assign, weight), moved)
-        yield Case(name, "restore", functools.partial(merging.restore, implementation="tpu"), (few, assign), moved)
+        yield Case(
+            name, "restore", functools.partial(merging.restore, implementation=implementation), (few, assign), moved
+        )
 
 
-def _ragged_prefix_mlp() -> Iterator[Case]:
+def _ragged_prefix_mlp(implementation: str) -> Iterator[Case]:
     for name, spec in prefix_specs.NAMED.items():
         counts = _Array((spec.units,), jnp.int32)
         x, up, bias, down = (
@@ -94,29 +114,29 @@ def _ragged_prefix_mlp() -> Iterator[Case]:
 
         def mlp(arrays: Any, counts: Any) -> Any:
             x, *weights = arrays
-            return prefix.ragged_prefix_mlp(x, counts, *weights, implementation="tpu")
+            return prefix.ragged_prefix_mlp(x, counts, *weights, implementation=implementation)
 
         def projection(arrays: Any, counts: Any) -> Any:
             hidden, down = arrays
-            return prefix.ragged_prefix_projection(hidden, counts, down, implementation="tpu")
+            return prefix.ragged_prefix_projection(hidden, counts, down, implementation=implementation)
 
         hidden = _Array((spec.rows, spec.hidden), spec.dtype)
         yield Case(name, "mlp, forward and backward", _both(mlp), (x, (x, up, bias, down), counts))
         yield Case(name, "projection, forward and backward", _both(projection), (x, (hidden, down), counts))
 
 
-def _sparse_decode_attention() -> Iterator[Case]:
+def _sparse_decode_attention(implementation: str) -> Iterator[Case]:
     for name, spec in decode_specs.NAMED.items():
         pool = _Array((spec.groups, spec.pages, spec.slots, spec.width), spec.dtype)
         query = _Array((spec.batch, 1, spec.heads, spec.width), spec.dtype)
         pages = _Array((spec.batch, spec.groups, spec.listed), jnp.int32)
         counts = _Array((spec.batch, spec.groups), jnp.int32)
         read = 2 * spec.batch * spec.groups * spec.listed * spec.slots * spec.width * _itemsize(spec.dtype)
-        function = functools.partial(sparse_decode_attention, implementation="tpu")
+        function = functools.partial(sparse_decode_attention, implementation=implementation)
         yield Case(name, "one query row", function, (query, pool, pool, pages, counts), read)
 
 
-def _block_sparse_attention() -> Iterator[Case]:
+def _block_sparse_attention(implementation: str) -> Iterator[Case]:
     for name, spec in sparse_specs.SPECS.items():
         lists = (spec.batch if spec.lists > 1 else 1, spec.lists, -(-spec.queries // spec.block_q))
         entries = _Array((*lists, spec.capacity), jnp.int32)
@@ -134,9 +154,26 @@ def _block_sparse_attention() -> Iterator[Case]:
             arrays["sinks"] = _Array((spec.heads,), jnp.float32)
 
         def attend(arrays: Any, index: Any, causal: bool = spec.causal) -> Any:
-            return block_sparse_attention(**arrays, index=index, causal=causal, implementation="tpu")
+            return block_sparse_attention(**arrays, index=index, causal=causal, implementation=implementation)
 
         yield Case(name, "forward and backward", _both(attend), (query, arrays, index))
+
+
+def _biased_flash_attention(implementation: str) -> Iterator[Case]:
+    for name, spec in biased_specs.NAMED.items():
+        shapes = [(spec.batch, spec.tokens, heads, spec.width) for heads in (spec.heads, spec.groups, spec.groups)]
+        query, key, value = (_Array(shape, spec.dtype) for shape in shapes)
+        bias = _Array((spec.batch, spec.tokens), jnp.float32)
+        options = {"causal": spec.causal, "softmax": spec.softmax, "implementation": implementation}
+
+        def attend(arrays: Any, _: None, options: Any = options) -> Any:
+            return biased_attention(*arrays[:3], key_bias=arrays[3], **options)
+
+        def stats(query: Any, key: Any, key_bias: Any, options: Any = options) -> Any:
+            return attention_column_stats(query, key, key_bias=key_bias, **options)
+
+        yield Case(name, "forward and backward", _both(attend), (query, (query, key, value, bias), None))
+        yield Case(name, "column statistics", stats, (query, key, bias))
 
 
 def _both(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +190,8 @@ def _itemsize(dtype: str) -> int:
     return jnp.dtype(dtype).itemsize
 
 
-KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
+KERNELS: dict[str, Callable[[str], Iterator[Case]]] = {
+    "biased_flash_attention": _biased_flash_attention,
     "bipartite_match": _bipartite_match,
     "block_sparse_attention": _block_sparse_attention,
     "compact": _compact,
@@ -174,30 +212,90 @@ def rows(name: str, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any
     Raises:
       KeyError: no such kernel.
     """
-    for case in KERNELS[name]():
+    for case in KERNELS[name]("tpu"):
         for generation in chips:
             yield {"op": name, "shape": case.shape, "part": case.part, **_row(case, generation, dump)}
 
 
-def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
-    chip = compiler.CHIPS[generation]
+def gpu_rows(name: str, cards: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """A row for each case of a kernel and each card: what its kernels take. An op or a shape without one says why.
+
+    Args:
+      name: of `KERNELS`.
+      cards: names of `gpu.CARDS`.
+
+    Raises:
+      KeyError: no such kernel.
+    """
+    for case in KERNELS[name]("gpu"):
+        for card in cards:
+            row = {"op": name, "shape": case.shape, "part": case.part, "chip": card}
+            kind = {
+                "kind": "compiled for a described card; nothing was run",
+                "versions": compiler_versions("jax", "jaxlib"),
+            }
+            try:
+                found = gpu.compile_kernels(case.function, case.arguments, card)
+            except NotImplementedError as error:
+                yield row | kind | {"refused": str(error)}
+                continue
+            # What the compiler makes around them (sorts, paddings, transpositions) is counted only.
+            own = [dataclasses.asdict(kernel) for kernel in found if kernel.name in GPU_NAMES]
+            yield row | kind | {"kernels": own, "others": len(found) - len(own)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """What the compiler made of a function for one chip.
+
+    Attributes:
+      kernels: schedules of its kernels. calls: of kernels in it.
+      instructions: cycles that the compiler estimates for each other instruction, and the `op_name` it comes from.
+      places: `op_name` of each kernel.
+    """
+
+    kernels: tuple[schedule.Program, ...]
+    calls: int
+    instructions: tuple[tuple[int, str], ...]
+    places: tuple[str, ...]
+
+
+def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], generation: str, dump: str) -> Scheduled:
+    """The schedules of a function of arrays on the smallest machine of a generation; it is compiled and not run.
+
+    Args:
+      dump: folder that `compiler.prepare` was given.
+    """
     mesh = parallel.make_mesh("none", compiler.devices(compiler.SMALLEST[generation]))
-    arguments = jax.tree.map(lambda x: _Array(x.shape, x.dtype, sharding=parallel.replicated(mesh)), case.arguments)
+    arguments = jax.tree.map(lambda x: _Array(x.shape, x.dtype, sharding=parallel.replicated(mesh)), arguments)
     for old in pathlib.Path(dump).glob("*"):
         old.unlink()
     # Kernels ask the mesh which chip they are for.
     with parallel.on_mesh(mesh):
-        traced = jax.jit(case.function).trace(*arguments)
+        traced = jax.jit(function).trace(*arguments)
     lowered = traced.lower(lowering_platforms=("tpu",))
-    kernels = lowered.as_text().count("@tpu_custom_call")
-    compiled = lowered.compile()
+    text = lowered.compile().as_text()
+    places = {
+        name: _place(line) for name, line in _instructions(text) if 'custom_call_target="tpu_custom_call"' in line
+    }
+    own = [program for program in schedule.read(dump) if program.name in places]
+    estimates = re.compile(r'"estimated_cycles":"?(\d+)')
+    return Scheduled(
+        tuple(own),
+        lowered.as_text().count("@tpu_custom_call"),
+        tuple((int(found[1]), _place(line)) for _, line in _instructions(text) if (found := estimates.search(line))),
+        tuple(places[program.name] for program in own),
+    )
+
+
+def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
+    chip = compiler.CHIPS[generation]
+    found = compiled(case.function, case.arguments, generation, dump)
     microseconds = 1e6 / chip.clock
-    text = compiled.as_text()
-    own = [program for program in schedule.read(dump) if _is_kernel(program.name, text)]
     return {
         "chip": generation,
-        "kind": "estimated from the compiler's schedule; nothing was run",
-        "kernel_calls": kernels,
+        "kind": KIND,
+        "kernel_calls": found.calls,
         "kernels": [
             {
                 "name": program.name,
@@ -207,15 +305,26 @@ def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
                 "schedule_us": round(program.cycles() * microseconds, 2),
                 "regions": program.plain_regions(),
             }
-            for program in own
+            for program in found.kernels
         ],
-        "other_us": round(compiler.estimated_cycles(compiled) * microseconds, 2),
+        "other_us": round(sum(cycles for cycles, _ in found.instructions) * microseconds, 2),
         "hbm_us": None if case.bytes is None else round(1e6 * case.bytes / chip.bandwidth, 2),
-        "versions": {key: value for key, value in versions().items() if key in ("jax", "jaxlib", "libtpu")},
+        "versions": compiler_versions("jax", "jaxlib", "libtpu"),
     }
 
 
-def _is_kernel(name: str, text: str) -> bool:
-    """Whether the instruction of this name calls a kernel."""
-    line = next((line for line in text.splitlines() if f"%{name} = " in line), "")
-    return 'custom_call_target="tpu_custom_call"' in line
+def compiler_versions(*names: str) -> dict[str, str]:
+    """Of what compiles."""
+    return {name: version for name, version in versions().items() if name in names}
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str]]:
+    """Name and line of each instruction of a compiled program."""
+    for line in text.splitlines():
+        if match := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", line):
+            yield match[1], line
+
+
+def _place(line: str) -> str:
+    match = re.search(r'op_name="([^"]*)"', line)
+    return match[1] if match else ""

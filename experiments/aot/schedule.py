@@ -46,10 +46,14 @@ class Region:
     matmul_slots: int
     inside: tuple[Region, ...] = ()
 
-    def cycles(self, taken: float) -> float:
+    @property
+    def own(self) -> int:
+        """Bundles outside the regions that it holds."""
+        return self.bundles - sum(region.bundles for region in self.inside)
+
+    def cycles(self, taken: float = 1.0) -> float:
         """Of one entry, when conditional regions run on the share `taken` of the passes."""
-        own = self.bundles - sum(region.bundles for region in self.inside)
-        total = own + sum(region.cycles(taken) for region in self.inside)
+        total = self.own + sum(region.cycles(taken) for region in self.inside)
         if self.kind == "loop":
             return total * (self.trips or 1)
         # Around a loop it asks whether there is anything to do at all.
@@ -72,6 +76,26 @@ class Program:
     matmul_slots: int
     spill_stores: int
     regions: tuple[Region, ...]
+
+    @property
+    def grid(self) -> Region:
+        """The loop over grid steps: the longest one.
+
+        Raises:
+          ValueError: there is no loop.
+        """
+        loops = [region for region in self.regions if region.kind == "loop"]
+        if not loops:
+            raise ValueError(f"{self.name} has no loop over grid steps")
+        return max(loops, key=lambda region: region.bundles)
+
+    @property
+    def step(self) -> Region:
+        """What a grid step runs, the pipeline's bookkeeping around it left out: the longest region of the grid's loop.
+
+        The pipeline passes two times more than there are steps, and guards the step's own work.
+        """
+        return max(self.grid.inside, key=lambda region: region.bundles, default=self.grid)
 
     def plain_regions(self) -> list[dict[str, Any]]:
         """The regions as JSON."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from experiments.bench import (
     acm,
+    biased_flash_attention,
     bipartite_match,
     block_sparse_attention,
     calm,
@@ -40,6 +41,7 @@ BENCHES = {
     "oracle": oracle,
     "duo": duo,
     "block_sparse_attention": block_sparse_attention,
+    "biased_flash_attention": biased_flash_attention,
     "compact": compact,
     "bipartite_match": bipartite_match,
     "merge": merge,

@@ -20,9 +20,7 @@ from pallas_kernels.bipartite_match import bipartite_match, reference, specs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--spec", default="vit_base_197_float32", help="named shapes, or all")
-    parser.add_argument(
-        "--implementation", default=None, help='"tpu", "xla" or "interpret" (default: the best there is)'
-    )
+    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
 
 
@@ -44,7 +42,7 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
         return reference.bipartite_match(x[:, ::2], x[:, 1::2], bias, metric="cosine", statistic="best")
 
     functions = {"match": measure.compiled_call(matched, metric), "matrix": measure.compiled_call(whole, metric)}
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=2)
+    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
     return {
         "spec": name,
         "shape": f"{spec.batch}x{spec.tokens}x{spec.channels}, even to odd",

@@ -2,14 +2,21 @@
 """Attention over listed key blocks against dense attention, at five densities, the making of the lists included.
 
 Lists are the best blocks of random scores, different for every head. `implied` is the inverse of the listed share of blocks,
-`realised` the time of `jax.nn.dot_product_attention` over ours, and `overhead` the time of making the lists over ours.
-`realised_best` is against the faster of that and this codebase's own dense attention.
+`realised` the time of dense attention (`jax.nn.dot_product_attention`; cuDNN's on a GPU, where it takes the dtype) over ours,
+and `overhead` the time of making the lists over ours. `realised_best` is against the faster of that and this codebase's own
+dense attention. `sparse_cost` is our time over density x the time of dense attention: 1 if listed blocks cost what dense ones
+do; `--gradients` adds the same of forward and backward pass together. `--peer` also times PyTorch's FlexAttention with the same
+share of blocks (`experiments/peers/torch_flex_attention.py`; `--peer-python` names an interpreter that has PyTorch).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +26,8 @@ from experiments import measure
 from experiments.bench.flags import floats
 from pallas_kernels.biased_flash_attention import biased_attention
 from pallas_kernels.block_sparse_attention import block_sparse_attention, from_scores
+
+_PEER = pathlib.Path(__file__).parents[1] / "peers" / "torch_flex_attention.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--causal", action="store_true", help="mask later keys, in the dense attention too")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--implementation", default=None, help="of ours; the best available when not given")
+    parser.add_argument("--gradients", action="store_true", help="also time forward and backward pass together")
+    parser.add_argument("--peer", action="store_true", help="also time FlexAttention in PyTorch")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter that has PyTorch (default: this one)"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each density."""
+    """One row for each density.
+
+    Raises:
+      ValueError: the peer cannot run.
+    """
     keys, dtype = jax.random.split(jax.random.key(0), 4), jnp.dtype(options.dtype)
     heads = (options.heads, *[options.kv_heads or options.heads] * 2)
     query, key, value = (
@@ -52,7 +70,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     blocks = -(-options.length // options.block)
     scores = jax.random.normal(keys[3], (options.batch, options.heads, blocks, blocks))
     for density in options.density:
-        yield _row(options, (query, key, value), scores, max(1, round(density * blocks)))
+        row = _row(options, (query, key, value), scores, max(1, round(density * blocks)))
+        yield row | (_peer(options, row["density"]) if options.peer else {})
 
 
 def _row(options: argparse.Namespace, arrays: tuple[Any, ...], scores: Any, listed: int) -> dict[str, Any]:
@@ -65,16 +84,30 @@ def _row(options: argparse.Namespace, arrays: tuple[Any, ...], scores: Any, list
 
     index = jax.jit(lists)(scores)
     attend = {"causal": options.causal, "implementation": options.implementation}
+    peer = dense_peer(options.dtype)
+
+    def dense(*a: Any) -> Any:
+        return jax.nn.dot_product_attention(*a, is_causal=options.causal, implementation=peer)
+
+    def sparse(*a: Any) -> Any:
+        return block_sparse_attention(*a, **attend)
+
     functions = {
-        "dense": measure.compiled_call(lambda *a: jax.nn.dot_product_attention(*a, is_causal=options.causal), *arrays),
+        "dense": measure.compiled_call(dense, *arrays),
         "own_dense": measure.compiled_call(lambda *a: biased_attention(*a, causal=options.causal), *arrays),
-        "sparse": measure.compiled_call(lambda *a: block_sparse_attention(*a, **attend), *arrays, index),
+        "sparse": measure.compiled_call(sparse, *arrays, index),
         "lists": measure.compiled_call(lists, scores),
     }
-    times = measure.interleaved(functions, repeats=options.repeats)
+    if options.gradients:
+        functions["dense_both"] = measure.compiled_call(both(dense), *arrays)
+        functions["sparse_both"] = measure.compiled_call(both(sparse), *arrays, index)
+    times = measure.interleaved(functions, repeats=options.repeats, calls=measure.kernel_calls())
     medians = {name: time.median for name, time in times.items()}
     density = float(index.density())
     implied, realised = 1 / density, medians["dense"] / medians["sparse"]
+    costs = {"sparse_cost": medians["sparse"] / (density * medians["dense"])}
+    if options.gradients:
+        costs["sparse_cost_both"] = medians["sparse_both"] / (density * medians["dense_both"])
     heads = f"{arrays[0].shape[2]}/{arrays[1].shape[2]}"
     return {
         "shape": f"{options.batch}x{options.length} {heads} heads of {options.width}, blocks of {options.block}",
@@ -86,7 +119,37 @@ def _row(options: argparse.Namespace, arrays: tuple[Any, ...], scores: Any, list
         "realised": round(realised, 4),
         "realised_best": round(min(medians["dense"], medians["own_dense"]) / medians["sparse"], 4),
         "realised_share": round(realised / implied, 4),
+        "dense_by": peer or "xla",
+        **{name: round(cost, 4) for name, cost in costs.items()},
         "overhead": round(medians["lists"] / medians["sparse"], 4),
         "milliseconds": {n: [round(1e3 * t, 3) for t in (v.low, v.median, v.high)] for n, v in times.items()},
         "repeats": options.repeats,
     }
+
+
+def dense_peer(dtype: str) -> str | None:
+    """The dense attention to compare with: cuDNN's on a GPU, which takes 16-bit numbers."""
+    return "cudnn" if jax.default_backend() == "gpu" and jnp.dtype(dtype).itemsize == 2 else None
+
+
+def both(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The output and the gradients of query, key and value, with the output as its own cotangent."""
+
+    def run(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        out, pull = jax.vjp(lambda *arrays: function(*arrays, *rest), query, key, value)
+        return out, pull(out)
+
+    return run
+
+
+def _peer(options: argparse.Namespace, density: float) -> dict[str, Any]:
+    """Milliseconds of FlexAttention with blocks chosen at random at the same density."""
+    command = [options.peer_python, str(_PEER), f"--density={density}", f"--dtype={options.dtype}"]
+    command += [
+        f"--{name}={getattr(options, name)}" for name in ("batch", "length", "heads", "width", "block", "repeats")
+    ]
+    command += [f"--kv-heads={options.kv_heads or options.heads}", *(["--causal"] if options.causal else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"the peer failed: {' '.join(command)}\n{done.stderr.strip()[-2000:]}")
+    return {"peer": json.loads(done.stdout.splitlines()[-1])}

@@ -21,9 +21,7 @@ from pallas_kernels.compact import compact, pack, specs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--spec", default="byt5_small_float32,vit_base_197", help="named shapes, or all")
-    parser.add_argument(
-        "--implementation", default=None, help='"tpu", "xla" or "interpret" (default: the best there is)'
-    )
+    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
 
 
@@ -55,7 +53,7 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
     functions = {form: measure.compiled_call(function, values, keep) for form, function in forms.items()}
     functions |= {f"{form}_both": measure.compiled_call(_both(f), values, keep) for form, f in forms.items()}
     functions["copy"] = measure.compiled_call(lambda x: -x, values[:, : (spec.tokens + spec.slots) // 2])
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=2)
+    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
     return {
         "spec": name,
         "shape": f"{spec.batch}x{spec.tokens}x{spec.width} to {spec.slots}",

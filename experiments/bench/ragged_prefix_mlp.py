@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--spec", default="vit_base_float32", help="named shapes, or all")
     parser.add_argument("--share", type=floats, default=(1.0, 0.5, 0.25), help="mean shares of units needed")
-    parser.add_argument(
-        "--implementation", default=None, help='"tpu", "xla" or "interpret" (default: the best there is)'
-    )
+    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse decoding at the named shapes against dense attention over every page and against a copy of the listed bytes.
 
-`implied` is the bytes of all pages over those listed, `realised` the measured speedup over dense attention; `copy_share` is the
-time of copying the listed keys and values over the time of attention. Lists of different heads differ in length by up to 2.
+`implied` is the bytes of all pages over those listed, `realised` the measured speedup over dense attention; `copy_share` is
+the time of copying the listed keys and values over the time of attention, and `bandwidth_share` the bytes a second that
+attention reads over those that the copy reads and writes. Lists of different heads differ in length by up to 2.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ from pallas_kernels.sparse_decode_attention import sparse_decode_attention, spec
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--spec", default="small_float32", help="named shapes, or all")
-    parser.add_argument(
-        "--implementation", default=None, help='"tpu", "xla" or "interpret" (default: the best there is)'
-    )
+    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
 
 
@@ -63,7 +62,10 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
         "dense": measure.compiled_call(dense, query, *whole),
         "copy": measure.compiled_call(copy, own, values),
     }
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=2)
+    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
+    # Keys and values of the listed slots, against as many pages as copied, read and written.
+    read = 2 * spec.width * dtype.itemsize * float(jnp.sum(lengths))
+    copied = 4 * min(spec.batch * spec.listed, spec.pages) * spec.groups * spec.slots * spec.width * dtype.itemsize
     return {
         "spec": name,
         "shape": f"{spec.batch} x {spec.heads}/{spec.groups} heads, {spec.listed} of {spec.pages} pages of {spec.slots}",
@@ -73,6 +75,7 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
         "implied": round(spec.batch * spec.groups * spec.pages * spec.slots / float(jnp.sum(lengths)), 4),
         "realised": round(times["dense"].median / times["sparse"].median, 4),
         "copy_share": round(times["copy"].median / times["sparse"].median, 4),
+        "bandwidth_share": round(read / copied * times["copy"].median / times["sparse"].median, 4),
         "milliseconds": measure.milliseconds(times),
         "repeats": options.repeats,
     }

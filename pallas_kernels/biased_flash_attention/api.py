@@ -12,19 +12,24 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.biased_flash_attention import reference, tpu, xla
+from pallas_kernels.biased_flash_attention import gpu, reference, tpu, xla
 
 SOFTMAX = ("standard", "off_by_one")
 STATISTICS = ("sum", "max")
 _INTERPRET = {"interpret": pltpu.InterpretParams()}
+_GPU_INTERPRET = {"interpret": True}
 _ATTENTION = {
     "tpu": tpu.biased_attention,
     "interpret": functools.partial(tpu.biased_attention, **_INTERPRET),
+    "gpu": gpu.biased_attention,
+    "gpu_interpret": functools.partial(gpu.biased_attention, **_GPU_INTERPRET),
     "xla": xla.biased_attention,
 }
 _STATISTICS = {
     "tpu": tpu.attention_column_stats,
     "interpret": functools.partial(tpu.attention_column_stats, **_INTERPRET),
+    "gpu": gpu.attention_column_stats,
+    "gpu_interpret": functools.partial(gpu.attention_column_stats, **_GPU_INTERPRET),
     "xla": xla.attention_column_stats,
 }
 
@@ -50,14 +55,14 @@ def biased_attention(
       causal: query i, standing at key i + K - Q, sees no key after it.
       softmax: "standard", or "off_by_one" with a 1 added to the denominator, so that a query may attend to nothing.
       scale: factor of the products; `d ** -0.5` when None.
-      implementation: "tpu", "gpu", "xla", "interpret", or None for the best available.
+      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available.
 
     The softmax is in float32. A query without any key left gets zeros, with finite gradients.
 
     Raises:
       ValueError: shapes do not fit, or an unknown `softmax`.
-      NotImplementedError: the named implementation is not there or cannot do it: on TPUs there is no `bias`, and the keys of a
-        head (for gradients its queries too) must fit in VMEM.
+      NotImplementedError: the named implementation is not there or cannot do it: on TPUs and GPUs there is no `bias`; on
+        TPUs the keys of a head (for gradients its queries too) must fit in VMEM; on GPUs heads are at most 256 wide.
 
     Source: key bias log(size): Bolya et al. 2023, eq. 1; softmax off by one: Miller 2023, as used by Kallini et al. 2025.
     """

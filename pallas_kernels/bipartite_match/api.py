@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, partition
-from pallas_kernels.bipartite_match import tpu, xla
+from pallas_kernels.bipartite_match import gpu, tpu, xla
 
 METRICS = ("cosine", "dot", "distance")
 STATISTICS = ("best", "best_two", "sum")
 
-_TPU = partition.by_batch(tpu.bipartite_match)
+_TPU, _GPU = partition.by_batch(tpu.bipartite_match), partition.by_batch(gpu.bipartite_match)
 _IMPLEMENTATIONS = {
     "tpu": _TPU,
+    "gpu": _GPU,
+    "gpu_interpret": functools.partial(_GPU, interpret=True),
     "xla": xla.bipartite_match,
     "interpret": functools.partial(_TPU, interpret=True),
 }
@@ -46,7 +48,7 @@ def bipartite_match(
       metric: "cosine" (a zero vector is similar to nothing: 0), "dot", or "distance" (minus the squared distance).
       statistic: "best" (S = 1), "best_two" (S = 2, best first), or "sum" over the right rows that are not removed (S = 1, index
         0, removed-only rows 0).
-      implementation: "tpu", "xla", "interpret", or None for the best available.
+      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available.
 
     Raises:
       ValueError: shapes do not fit, no right row (two for "best_two"), an unknown metric or statistic.

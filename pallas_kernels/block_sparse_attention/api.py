@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_sparse_attention import tpu, tpu_backward, xla
+from pallas_kernels.block_sparse_attention import gpu, gpu_backward, tpu, tpu_backward, xla
 from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 
@@ -24,6 +24,11 @@ _PASSES = {
     "interpret": Passes(
         functools.partial(tpu.forward, interpret=_INTERPRET),
         functools.partial(tpu_backward.backward, interpret=_INTERPRET),
+    ),
+    "gpu": Passes(gpu.forward, gpu_backward.backward),
+    "gpu_interpret": Passes(
+        functools.partial(gpu.forward, interpret=True),
+        functools.partial(gpu_backward.backward, interpret=True),
     ),
     "xla": Passes(xla.forward, xla.backward),
 }
@@ -57,7 +62,7 @@ def block_sparse_attention(
       scale: factor of the products; `d ** -0.5` when None.
       return_lse: also return `[B, H, N]` float32, the log of the softmax denominator, sinks included, with which outputs over
         different keys can be joined; -inf for a query with nothing to attend to.
-      implementation: "tpu", "gpu", "xla", "interpret", or None for the best available.
+      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available.
 
     The softmax is in float32. A query without any key gets zeros, with finite gradients. A block listed twice is a mistake
     that nothing looks for: its keys count twice.
@@ -65,7 +70,8 @@ def block_sparse_attention(
     Raises:
       ValueError: shapes do not fit each other or the index, an unknown `softmax`, or sinks beside softmax off by one.
       NotImplementedError: the named implementation is not there or cannot do it: on TPUs blocks are multiples of 128, and the
-        keys of a head (for gradients its queries too) must fit in VMEM.
+        keys of a head (for gradients its queries too) must fit in VMEM; on GPUs blocks are multiples of 16, and heads at most
+        256 wide.
 
     Source: online softmax over blocks: Dao et al. 2022, algorithm 1; backward from the log-sum-exp: Dao 2023, algorithm 2.
     """

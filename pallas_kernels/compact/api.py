@@ -20,7 +20,8 @@ from pallas_kernels.compact import tpu, xla
 
 def _implementations(kernel, plain):
     kernel = partition.by_batch(kernel)
-    return {"tpu": kernel, "xla": plain, "interpret": functools.partial(kernel, interpret=True)}
+    gather = dispatch.left_to_xla("a gather of rows, which XLA makes one kernel of that moves each row once")
+    return {"tpu": kernel, "gpu": gather, "xla": plain, "interpret": functools.partial(kernel, interpret=True)}
 
 
 _COMPACT = _implementations(tpu.compact, xla.compact)
@@ -68,7 +69,7 @@ def compact(values: Array, packing: Packing, *, implementation: str | None = Non
     Args:
       values: `[B, N, ...]` of any dtype; "tpu" takes finite float32 and bfloat16 rows of at least 128 numbers.
       packing: from `pack`.
-      implementation: "tpu", "xla", "interpret", or None for the best available.
+      implementation: "tpu", "xla", "interpret", or None for the best available, which on a GPU is "xla".
 
     Raises:
       ValueError: shapes do not fit.

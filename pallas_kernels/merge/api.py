@@ -14,16 +14,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, partition
-from pallas_kernels.merge import tpu, xla
+from pallas_kernels.merge import gpu, tpu, xla
 
 
-def _implementations(kernel, plain):
-    kernel = partition.by_batch(kernel)
-    return {"tpu": kernel, "xla": plain, "interpret": functools.partial(kernel, interpret=True)}
+def _implementations(kernel, gpu_kernel, plain):
+    kernel, gpu_kernel = partition.by_batch(kernel), partition.by_batch(gpu_kernel)
+    return {
+        "tpu": kernel,
+        "gpu": gpu_kernel,
+        "xla": plain,
+        "interpret": functools.partial(kernel, interpret=True),
+        "gpu_interpret": functools.partial(gpu_kernel, interpret=True),
+    }
 
 
-_MERGE = _implementations(tpu.merge, xla.merge)
-_RESTORE = _implementations(tpu.restore, xla.restore)
+_MERGE = _implementations(tpu.merge, gpu.merge, xla.merge)
+_RESTORE = _implementations(tpu.restore, gpu.restore, xla.restore)
 
 
 def merge(
@@ -43,8 +49,8 @@ def merge(
       assign: `[B, N]` slot that each token joins, in 0..M-1; -1 when it joins none.
       weight: `[B, N]` its coefficient there.
       slots: M.
-      implementation: "tpu", "xla", "interpret", or None for the best available. On a GPU "xla" adds in no fixed order, so that
-        slots of three tokens or more may differ in the last bit between runs.
+      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. On a GPU "xla" adds in
+        no fixed order, so that slots of three tokens or more may differ in the last bit between runs.
 
     Raises:
       ValueError: shapes do not fit, or M is not positive.

@@ -12,16 +12,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.ragged_prefix_mlp import tpu, xla
+from pallas_kernels.ragged_prefix_mlp import gpu, tpu, xla
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 
 _MLP = {
     "tpu": tpu.ragged_prefix_mlp,
+    "gpu": gpu.ragged_prefix_mlp,
+    "gpu_interpret": functools.partial(gpu.ragged_prefix_mlp, interpret=True),
     "xla": xla.ragged_prefix_mlp,
     "interpret": functools.partial(tpu.ragged_prefix_mlp, interpret=True),
 }
 _PROJECTION = {
     "tpu": tpu.ragged_prefix_projection,
+    "gpu": gpu.ragged_prefix_projection,
+    "gpu_interpret": functools.partial(gpu.ragged_prefix_projection, interpret=True),
     "xla": xla.ragged_prefix_projection,
     "interpret": functools.partial(tpu.ragged_prefix_projection, interpret=True),
 }
@@ -47,8 +51,8 @@ def ragged_prefix_mlp(
       counts: `[K]` rows that each unit runs on, never rising, in 0..R (traced values cannot be checked).
       up, bias, down: weights of all units side by side; unit k is columns `k U / K` to `(k + 1) U / K`.
       activation: "gelu_tanh", "relu", "silu", or "identity" for a map of low rank.
-      implementation: "tpu", "xla", "interpret", or None for the best available. Under several devices call it inside a
-        `shard_map`: rows are sorted among those of one device.
+      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. Under several devices
+        call it inside a `shard_map`: rows are sorted among those of one device.
 
     Raises:
       ValueError: shapes do not fit, or an unknown activation.

@@ -162,7 +162,9 @@ def _mlp(activation, interpret, rows, limits, up, bias, down):
 
     def needed(tile, width):
         shapes = [(tile, depth), (depth, width), (width, outputs), (tile, outputs)]
-        return _needed([(shape, kind) for shape in shapes], [(tile, outputs), (tile, width), (tile, width)])
+        # Exact products of float32 keep parts of their operands.
+        parts = [(tile, depth), (tile, outputs)] if kind == jnp.float32 else []
+        return _needed([(shape, kind) for shape in shapes], [(tile, outputs), (tile, width), (tile, width), *parts])
 
     tile, width = blocks("ragged_prefix_mlp", length, hidden, needed)
 

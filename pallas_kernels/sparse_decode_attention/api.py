@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.sparse_decode_attention import tpu, xla
+from pallas_kernels.sparse_decode_attention import gpu, tpu, xla
 
 _IMPLEMENTATIONS = {
     "tpu": tpu.sparse_decode_attention,
+    "gpu": gpu.sparse_decode_attention,
+    "gpu_interpret": functools.partial(gpu.sparse_decode_attention, interpret=True),
     "xla": xla.sparse_decode_attention,
     "interpret": functools.partial(tpu.sparse_decode_attention, interpret=True),
 }
@@ -36,8 +38,8 @@ def sparse_decode_attention(
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]:
     """Attention over the listed pages: `(out [B, T, H, d] in the dtype of query, log-sum-exp [B, T, H] float32)`.
 
-    Work grows with the longest list (XLA) or with the sum of all lists (TPU). The log-sum-exp serves to join the result with
-    attention over other keys. Decoding only: there is no gradient.
+    Work grows with the longest list (XLA) or with the sum of all lists (TPU, GPU). The log-sum-exp serves to join the result
+    with attention over other keys. Decoding only: there is no gradient.
 
     Args:
       query: `[B, T, H, d]`; query head h reads key head `h // (H / G)`, and every row sees every listed key.
@@ -48,8 +50,8 @@ def sparse_decode_attention(
       bias: `[G, P, S]` added to the logits of each slot (log mass); -inf removes it.
       sinks: `[H]` logits that enter the denominator alone; 0 is softmax-off-by-one.
       scale: factor of the products; `d ** -0.5` when None.
-      implementation: "tpu", "xla", "interpret", or None for the best available. Under several devices call it inside a
-        `shard_map`: pages belong to no row of the batch.
+      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. Under several devices
+        call it inside a `shard_map`: pages belong to no row of the batch.
 
     A row without any key gets zeros and a log-sum-exp of -inf, or of its sink.
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from experiments.bench import __main__ as bench
+from pallas_kernels.biased_flash_attention import specs as biased_specs
 from pallas_kernels.bipartite_match import specs as match_specs
 from pallas_kernels.compact import specs as compact_specs
 from pallas_kernels.merge import specs as merge_specs
@@ -13,6 +14,12 @@ from pallas_kernels.ragged_prefix_mlp import specs as staircase_specs
 from pallas_kernels.sparse_decode_attention import specs as decode_specs
 
 SMALL = {
+    "biased_flash_attention": (
+        biased_specs,
+        biased_specs.Spec(2, 24, 4, 2, 8, causal=True, softmax="off_by_one", dtype="float32"),
+        {"realised", "gradients_share", "statistics_share"},
+        (),
+    ),
     "bipartite_match": (match_specs, match_specs.Spec(2, 24, 8, "float32"), {"realised"}, ()),
     "merge": (merge_specs, merge_specs.Spec(2, 24, 20, 128, "float32"), {"realised", "copy_share"}, ()),
     "compact": (compact_specs, compact_specs.Spec(2, 24, 12, 128, "float32"), {"realised", "copy_share"}, ()),
@@ -25,7 +32,7 @@ SMALL = {
     "sparse_decode_attention": (
         decode_specs,
         decode_specs.Spec(2, 4, 2, 8, 6, 8, 3, "float32"),
-        {"implied", "realised", "copy_share"},
+        {"implied", "realised", "copy_share", "bandwidth_share"},
         (),
     ),
 }

@@ -2,7 +2,6 @@
 """Biased attention and its column sums: every implementation against a loop in NumPy and the float32 reference."""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -338,15 +337,6 @@ def test_a_mask_that_does_not_fit_is_refused(name):
         attention_score_excess(_inputs()["query"], _inputs()["key"], **{name: np.ones((B, 6), bool)})
 
 
-@pytest.mark.parametrize(
-    ("function", "there"),
-    [
-        (biased_attention, "'tpu', 'interpret', 'xla'"),
-        (attention_column_stats, "'tpu', 'interpret', 'xla'"),
-        (attention_score_excess, "'xla'"),
-    ],
-)
-def test_a_missing_implementation_says_what_there_is(function, there):
-    args = [_inputs()[name] for name in ("query", "key", "value") if name in inspect.signature(function).parameters]
-    with pytest.raises(NotImplementedError, match=f"no 'gpu' implementation; there is {there}"):
-        function(*args, implementation="gpu")
+def test_a_missing_implementation_says_what_there_is():
+    with pytest.raises(NotImplementedError, match="no 'gpu' implementation; there is 'xla'"):
+        attention_score_excess(_inputs()["query"], _inputs()["key"], implementation="gpu")

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from pallas_kernels.bipartite_match import METRICS, STATISTICS, bipartite_match, specs, tpu, xla
 from tests.pallas_kernels import tpu_compiler
 
-IMPLEMENTATIONS = ("xla", "interpret")
+IMPLEMENTATIONS = ("xla", "interpret", "gpu_interpret")
 BATCH, LEFT, RIGHT, CHANNELS = 2, 9, 11, 5
 REMOVED = hnp.arrays(bool, (BATCH, RIGHT))
 ALL = np.ones((BATCH, RIGHT), bool)

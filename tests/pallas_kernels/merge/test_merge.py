@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from pallas_kernels.merge import merge, reference, restore, specs, tpu
 from tests.pallas_kernels import tpu_compiler
 
-IMPLEMENTATIONS = ("xla", "interpret")
+IMPLEMENTATIONS = ("xla", "interpret", "gpu_interpret")
 BATCH, LENGTH, SLOTS, WIDTH = 2, 13, 7, 130
 ASSIGNS = hnp.arrays(np.int32, (BATCH, LENGTH), elements=st.integers(-1, SLOTS - 1))
 NOBODY = np.full((BATCH, LENGTH), -1, np.int32)

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from pallas_kernels.ragged_prefix_mlp import (
     counting_sort,
+    gpu,
     permute,
     ragged_prefix_mlp,
     ragged_prefix_projection,
@@ -22,10 +23,14 @@ from pallas_kernels.ragged_prefix_mlp import (
 )
 from tests.pallas_kernels import tpu_compiler
 
-IMPLEMENTATIONS = ("xla", "interpret")
+IMPLEMENTATIONS = ("xla", "interpret", "gpu_interpret")
 # Odd numbers of rows and features; 4 units, so that blocks of 128 hidden numbers hold half a unit.
 ROWS, WIDTH, UNITS, HIDDEN, OUTPUTS = 21, 9, 4, 1024, 7
 COUNTS = st.lists(st.integers(0, ROWS), min_size=UNITS, max_size=UNITS).map(lambda c: sorted(c, reverse=True))
+
+
+# Programs run a few times each.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @functools.cache
@@ -64,7 +69,7 @@ def runner(implementation, operation, activation="gelu_tanh"):
             **dict(zip(("rows", "up", "bias", "down"), pull(jnp.asarray(moved(), out.dtype)), strict=True)),
         }
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=QUICK)
 
 
 def run(implementation, operation, counts, dtype="float32", **changes):
@@ -126,6 +131,24 @@ def test_the_kernel_skips_tiles_and_crosses_them(monkeypatch):
         want = run(None, operation, counts)
         for name in want:
             np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_the_gpu_kernel_skips_tiles_and_crosses_them(monkeypatch):
+    monkeypatch.setattr(gpu, "_TILES", {4: gpu.Tiles(8, 128, 4, 1, 1)})
+    counts = jnp.array([21, 10, 8, 1])
+    for operation in ("mlp", "projection"):
+        got = runner.__wrapped__("gpu_interpret", operation)(counts, **params())
+        want = run(None, operation, counts)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_the_gpu_kernel_says_what_it_cannot_take():
+    arrays = params()
+    given_params = (arrays["rows"].astype(jnp.bfloat16), jnp.zeros(UNITS, jnp.int32))
+    weights = [arrays[name] for name in ("up", "bias", "down")]
+    with pytest.raises(NotImplementedError, match="all of float32, of bfloat16, or of float16; got bfloat16, float32"):
+        ragged_prefix_mlp(*given_params, *weights, implementation="gpu")
 
 
 def test_steps_without_work_are_the_last_of_their_tile():

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.sparse_decode_attention import pack_tokens, reference, sparse_decode_attention, specs, tpu, xla
+from pallas_kernels.sparse_decode_attention import gpu, pack_tokens, reference, sparse_decode_attention, specs, tpu, xla
 from tests.pallas_kernels import tpu_compiler
 
-IMPLEMENTATIONS = ("xla", "interpret")
+IMPLEMENTATIONS = ("xla", "interpret", "gpu_interpret")
 B, T, H, G, D, P, S, L = 2, 2, 4, 2, 24, 9, 16, 4
 LENGTHS = st.lists(st.integers(0, L * S), min_size=B * G, max_size=B * G).map(lambda n: np.reshape(n, (B, G)))
 # Nothing, one slot, a page and its end, all; heads of very different lengths in one batch.
@@ -51,7 +51,9 @@ def loop(query, keys, values, pages, lengths, bias=None, sinks=None):
 
 @functools.cache
 def runner(implementation):
-    return jax.jit(functools.partial(sparse_decode_attention, implementation=implementation))
+    # Programs run a few times each.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(functools.partial(sparse_decode_attention, implementation=implementation), compiler_options=quick)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -116,11 +118,12 @@ class TestImplementation:
         np.testing.assert_allclose(joined, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_the_order_of_full_pages_does_not_matter_and_repeat_runs_are_equal():
+@pytest.mark.parametrize("implementation", ["interpret", "gpu_interpret"])
+def test_the_order_of_full_pages_does_not_matter_and_repeat_runs_are_equal(implementation):
     query, keys, values, pages, *_ = inputs()
     lengths = jnp.full((B, G), L * S)
-    first, again = (runner("interpret")(query, keys, values, pages, lengths) for _ in range(2))
-    turned = runner("interpret")(query, keys, values, pages[..., ::-1], lengths)
+    first, again = (runner(implementation)(query, keys, values, pages, lengths) for _ in range(2))
+    turned = runner(implementation)(query, keys, values, pages[..., ::-1], lengths)
     for one, two, three in zip(first, again, turned, strict=True):
         np.testing.assert_array_equal(one, two)
         np.testing.assert_allclose(one, three, rtol=1e-5, atol=1e-6)
@@ -129,6 +132,8 @@ def test_the_order_of_full_pages_does_not_matter_and_repeat_runs_are_equal():
 def test_several_steps_and_several_blocks_change_nothing(monkeypatch):
     monkeypatch.setattr(tpu, "_SLOTS", 2 * S)
     monkeypatch.setattr(xla, "_SLOTS", 2 * S)
+    monkeypatch.setattr(gpu, "_TILE", 16)
+    monkeypatch.setattr(gpu, "_RUN", 20)
     *arrays, bias, sinks = inputs()
     for lengths in (RAGGED, np.array([[33, 64], [32, 31]])):
         want = loop(*arrays, lengths, bias, sinks)
@@ -180,6 +185,23 @@ def shapes(batch=B, rows=T, heads=H, groups=G, width=D, pages=P, slots=S, listed
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused(implementation, change, message):
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(functools.partial(sparse_decode_attention, implementation=implementation), *shapes(**change))
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "gpu_interpret"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 320}, r"heads of up to 256; got pages \(2, 9, 16, 320\)"),
+        ({"rows": 65, "heads": 2}, "up to 64 query rows that share a key head; got 65"),
+        (
+            {"pages": 2**22, "slots": 64, "width": 128},
+            r"key is \(2, 268435456, 128\): split the batch, or the heads, by 33",
+        ),
+    ],
+)
+def test_what_the_gpu_kernel_cannot_take_is_refused(implementation, change, message):
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(functools.partial(sparse_decode_attention, implementation=implementation), *shapes(**change))
 

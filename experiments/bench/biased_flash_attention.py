@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention with a bias for each key and its column sums at the named shapes, against dense attention without a bias.
+
+`realised` is the time of `jax.nn.dot_product_attention` (cuDNN's on a GPU, where it takes the dtype) over ours;
+`gradients_share` is our forward and backward pass over its; `statistics_share` is the time of the column sums over that of its
+forward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import measure
+from experiments.bench.block_sparse_attention import both, dense_peer
+from pallas_kernels.biased_flash_attention import attention_column_stats, biased_attention, specs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark."""
+    parser.add_argument("--spec", default="small_float32", help="named shapes, or all")
+    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each named shape."""
+    for name in specs.NAMED if options.spec == "all" else options.spec.split(","):
+        yield _row(options, name, specs.NAMED[name])
+
+
+def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, Any]:
+    keys, peer = jax.random.split(jax.random.key(0), 4), dense_peer(spec.dtype)
+    query, key, value = (
+        jax.random.normal(k, (spec.batch, spec.tokens, heads, spec.width), jnp.dtype(spec.dtype))
+        for k, heads in zip(keys[:3], (spec.heads, spec.groups, spec.groups), strict=True)
+    )
+    mass = jnp.log1p(jax.random.uniform(keys[3], (spec.batch, spec.tokens)))
+    shared = {"causal": spec.causal, "softmax": spec.softmax, "implementation": options.implementation}
+
+    def dense(*a: Any) -> Any:
+        return jax.nn.dot_product_attention(*a, is_causal=spec.causal, implementation=peer)
+
+    def biased(query: Any, key: Any, value: Any, mass: Any) -> Any:
+        return biased_attention(query, key, value, key_bias=mass, **shared)
+
+    def statistics(query: Any, key: Any, mass: Any) -> Any:
+        return attention_column_stats(query, key, key_bias=mass, **shared)
+
+    arrays = query, key, value
+    functions = {
+        "dense": measure.compiled_call(dense, *arrays),
+        "dense_both": measure.compiled_call(both(dense), *arrays),
+        "biased": measure.compiled_call(biased, *arrays, mass),
+        "biased_both": measure.compiled_call(both(biased), *arrays, mass),
+        "statistics": measure.compiled_call(statistics, query, key, mass),
+    }
+    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
+    medians = {name: time.median for name, time in times.items()}
+    return {
+        "spec": name,
+        "shape": f"{spec.batch}x{spec.tokens} {spec.heads}/{spec.groups} heads of {spec.width}",
+        "device": measure.device_name(),
+        "dtype": spec.dtype,
+        "causal": spec.causal,
+        "implementation": options.implementation or "best",
+        "dense_by": peer or "xla",
+        "realised": round(medians["dense"] / medians["biased"], 4),
+        "gradients_share": round(medians["biased_both"] / medians["dense_both"], 4),
+        "statistics_share": round(medians["statistics"] / medians["dense"], 4),
+        "milliseconds": measure.milliseconds(times),
+        "repeats": options.repeats,
+    }

@@ -65,7 +65,9 @@ def pair_up(
             f"similarity and partner must be [B, ceil(N/2)] = {(mass.shape[0], even)}; got {similarity.shape}, {partner.shape}"
         )
     if not 0 <= removed <= even or not odd:
-        raise ValueError(f"removed must lie in 0..{even}, with at least one odd token of {mass.shape[1]}; got {removed}")
+        raise ValueError(
+            f"removed must lie in 0..{even}, with at least one odd token of {mass.shape[1]}; got {removed}"
+        )
     options = (removed, threshold, ordered, implementation)
     return _pair_up(options, jax.lax.stop_gradient(similarity), partner, mass.astype(jnp.float32))
 

@@ -87,10 +87,14 @@ def _kernel(
     blocks = [slice(start, min(start + _DOWN, even)) for start in range(0, even, _DOWN)]
 
     def places(block):
-        return block.start + jax.lax.broadcasted_iota(jnp.int32, (block.stop - block.start, lanes), 0).astype(jnp.float32)
+        return block.start + jax.lax.broadcasted_iota(jnp.int32, (block.stop - block.start, lanes), 0).astype(
+            jnp.float32
+        )
 
     def passing(body, start):
-        return jax.lax.fori_loop(0, even, lambda i, state: body(pl.ds(i, 1), i.astype(jnp.float32), state), start, unroll=_UNROLL)
+        return jax.lax.fori_loop(
+            0, even, lambda i, state: body(pl.ds(i, 1), i.astype(jnp.float32), state), start, unroll=_UNROLL
+        )
 
     joined = jnp.zeros((1, lanes), jnp.float32)
     for block in blocks:

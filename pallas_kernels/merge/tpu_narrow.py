@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merging a few numbers a token on the TPU (mass, coordinates): sums down registers that hold tokens down and slots across.
+"""Merging a few numbers a token on the TPU (mass, coordinates): tokens lie across the lanes, where they fill registers.
 
-Rows of a few numbers would fill a matrix unit, and memory, with padding. Here each number of all tokens is a column, compared and
-added in float32.
+The matrix of zeros and ones is exact in bfloat16, and a float32 number is the sum of three bfloat16 ones, so that one product
+with all parts of all numbers is exact but for the order of sums in float32.
 
 Shapes: B batch, N tokens, M slots, D numbers of a token.
 """
@@ -21,8 +21,6 @@ from jaxtyping import Array, Float, Int
 WIDEST = 7
 _LONGEST = 1280
 _GROUP = 8
-# A block of comparisons fills half of the registers.
-_DOWN, _ACROSS = 256, 128
 
 
 def merge(
@@ -61,16 +59,17 @@ def merge(
 
 
 def _kernel(rows_ref, out_ref, *, width):
+    slot = jax.lax.broadcasted_iota(jnp.int32, (out_ref.shape[2], rows_ref.shape[2]), 0).astype(jnp.float32)
     for one in range(rows_ref.shape[0]):
-        columns = rows_ref[one].T
-        for first in range(0, out_ref.shape[2], _ACROSS):
-            lanes = min(_ACROSS, out_ref.shape[2] - first)
-            sums = [jnp.zeros((1, lanes), jnp.float32)] * width
-            for start in range(0, columns.shape[0], _DOWN):
-                block = columns[start : start + _DOWN]
-                slot = first + jax.lax.broadcasted_iota(jnp.int32, (block.shape[0], lanes), 1).astype(jnp.float32)
-                joins = block[:, :1] == slot
-                added = (jnp.where(joins, block[:, 1 + place : 2 + place], 0.0) for place in range(width))
-                sums = [old + jnp.sum(new, axis=0, keepdims=True) for old, new in zip(sums, added, strict=True)]
-            for place, total in enumerate(sums):
-                out_ref[one, place : place + 1, first : first + lanes] = total
+        rows = rows_ref[one]
+        joins = jnp.where(slot == rows[:1], 1.0, 0.0).astype(jnp.bfloat16)
+        parts, left = [], rows
+        for _ in range(3):
+            parts.append(left.astype(jnp.bfloat16))
+            left = left - parts[-1].astype(jnp.float32)
+        # Eight rows of each part, the slots among them, which are not used.
+        sums = jax.lax.dot_general(
+            jnp.concatenate(parts, axis=0), joins, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        total = sums[:8] + (sums[8:16] + sums[16:])
+        out_ref[one] = total[1 : 1 + width]

@@ -27,7 +27,12 @@ _LANES = 256
 def takes(values: Array, slots: int) -> bool:
     """Whether the kernel takes the shape; the general one takes what it does not."""
     _, length, width = values.shape
-    return values.dtype == jnp.bfloat16 and width % 128 == 0 and length > 1 and _needed(length, slots, width) <= vmem.BUDGET
+    return (
+        values.dtype == jnp.bfloat16
+        and width % 128 == 0
+        and length > 1
+        and _needed(length, slots, width) <= vmem.BUDGET
+    )
 
 
 def _needed(length: int, slots: int, width: int) -> int:
@@ -61,7 +66,9 @@ def merge(
         out_specs=pl.BlockSpec((1, slots, width), lambda b: (b, 0, 0)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=vmem.SCOPE),
         cost_estimate=pl.CostEstimate(
-            flops=2 * batch * slots * even * width, bytes_accessed=2 * batch * (length + slots) * width, transcendentals=0
+            flops=2 * batch * slots * even * width,
+            bytes_accessed=2 * batch * (length + slots) * width,
+            transcendentals=0,
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="merge_pairs",
@@ -84,9 +91,7 @@ def _kernel(facts_ref, in_ref, out_ref, *, length):
         words = pltpu.bitcast(in_ref[0, :, lanes], jnp.uint32)
         evens = pltpu.bitcast(words << 16, jnp.float32)[:even].astype(jnp.bfloat16)
         odds = pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)[:odd]
-        total = jax.lax.dot_general(
-            rounded, evens, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        total = jax.lax.dot_general(rounded, evens, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         total *= repair
         if first:
             out_ref[0, :first, lanes] = total[:first].astype(out_ref.dtype)

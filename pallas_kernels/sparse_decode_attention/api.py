@@ -102,7 +102,12 @@ def _check(query, key_pages, value_pages, pages, lengths, bias, sinks) -> None:
         )
     (batch, _, heads, width), groups = query.shape, key_pages.shape[-4]
     lead = key_pages.shape[:-4]
-    if heads % groups or lead not in ((), (batch,)) or key_pages.shape[-1] != width or value_pages.shape != key_pages.shape:
+    if (
+        heads % groups
+        or lead not in ((), (batch,))
+        or key_pages.shape[-1] != width
+        or value_pages.shape != key_pages.shape
+    ):
         raise ValueError(
             f"key_pages and value_pages must be [G, P, S, {width}] or [{batch}, G, P, S, {width}] with G dividing {heads}; got {key_pages.shape} and "
             f"{value_pages.shape}"
@@ -113,6 +118,8 @@ def _check(query, key_pages, value_pages, pages, lengths, bias, sinks) -> None:
             f"{pages.shape} and {lengths.shape}"
         )
     if bias is not None and bias.shape != key_pages.shape[:-1]:
-        raise ValueError(f"bias must be {'[B, G, P, S]' if lead else '[G, P, S]'} = {key_pages.shape[:-1]}; got {bias.shape}")
+        raise ValueError(
+            f"bias must be {'[B, G, P, S]' if lead else '[G, P, S]'} = {key_pages.shape[:-1]}; got {bias.shape}"
+        )
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [H] = ({heads},); got {sinks.shape}")

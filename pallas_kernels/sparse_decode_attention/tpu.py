@@ -22,8 +22,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import vmem
 from pallas_kernels.sparse_decode_attention import reference, xla
 
-# Slots a block: at 128 x 2 bytes, keys and values are 512 KiB, a copy long enough to hide its latency on v5e.
+# Slots a block: at 128 x 2 bytes, keys and values are 1 MiB, a copy long enough to hide its latency and a block's fixed work.
 _SLOTS = 2048
+# Pages whose copies are started and waited for without a loop.
+_RUN = 8
 
 
 def sparse_decode_attention(
@@ -135,37 +137,40 @@ def _kernel(pages_ref, lengths_ref, query_ref, peak_ref, total_ref, *refs, heads
             for kind, (pool, held) in enumerate(((key_pages, key_buffer), (value_pages, value_buffer)))
         ]
 
-    def for_pages(b, g, place, work, whole):
-        """`work(page)` for each page of a block, or `whole()` for all at once."""
-        count = jnp.clip(pl.cdiv(lengths_ref[own(b, g)], slots) - place * many, 0, many)
-        pl.when(count == many)(whole)
+    def for_pages(b, g, place, work, several):
+        """`several(first, end)` for runs of pages of a block, `work(page)` for those of a run that is cut short."""
+        count = pl.cdiv(lengths_ref[own(b, g)], slots) - place * many
+        for first in range(0, many, _RUN):
+            end = min(first + _RUN, many)
+            pl.when(count >= end)(functools.partial(several, first, end))
 
-        @pl.when(count < many)
-        def _():
-            jax.lax.fori_loop(0, count, lambda page, _: work(page), None)
+            @pl.when((count > first) & (count < end))
+            def _(first=first):
+                jax.lax.fori_loop(first, count, lambda page, _: work(page), None)
 
     def start(b, g, place, buffer):
         def work(page):
             for copy in copies(b, g, place, buffer, page):
                 copy.start()
 
-        def whole():
-            for page in range(many):
+        def several(first, end):
+            for page in range(first, end):
                 work(page)
 
-        for_pages(b, g, place, work, whole)
+        for_pages(b, g, place, work, several)
 
     def wait(b, g, place, buffer):
         def work(page):
             for copy in copies(b, g, place, buffer, page):
                 copy.wait()
 
-        def whole():
-            # A semaphore counts bytes: those of all pages are those of the buffer.
+        def several(first, end):
+            # A semaphore counts bytes, so that a run is waited for in one piece.
+            run = pl.ds(first * slots, (end - first) * slots)
             for kind, held in enumerate((key_buffer, value_buffer)):
-                pltpu.make_async_copy(held.at[buffer], held.at[buffer], arrived.at[kind, buffer]).wait()
+                pltpu.make_async_copy(held.at[buffer, run], held.at[buffer, run], arrived.at[kind, buffer]).wait()
 
-        for_pages(b, g, place, work, whole)
+        for_pages(b, g, place, work, several)
 
     @pl.when(row == 0)
     def _():

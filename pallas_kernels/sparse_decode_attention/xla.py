@@ -39,7 +39,9 @@ def sparse_decode_attention(
     def step(index: Array, state: tuple) -> tuple:
         peak, total, out = state
         listed = jax.lax.dynamic_slice_in_dim(pages, index * many, many, axis=2)
-        keys, values = (gather(pool, listed, own).reshape(batch, groups, -1, width) for pool in (key_pages, value_pages))
+        keys, values = (
+            gather(pool, listed, own).reshape(batch, groups, -1, width) for pool in (key_pages, value_pages)
+        )
         options = {"precision": precision, "preferred_element_type": jnp.float32}
         logits = jnp.einsum("bgrd,bgkd->bgrk", stacked, keys, **options)
         if bias is not None:

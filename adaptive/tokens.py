@@ -176,6 +176,7 @@ class Reduction:
         mass of all that joins it even where its features are the head's alone.
       packed: static; True when the slots are the surviving tokens in their order, empty slots last, so that rows move by
         compaction, whose gradient is a gather too. It has no say where `merges` is True.
+      odd_last: static; True when every odd token heads a slot, in order, and those are the last slots; a kernel then does less.
     """
 
     slots: Int[Array, "B M"]
@@ -184,6 +185,7 @@ class Reduction:
     merges: bool = flax.struct.field(pytree_node=False, default=True)
     stands_at_head: bool = flax.struct.field(pytree_node=False, default=False)
     packed: bool = flax.struct.field(pytree_node=False, default=False)
+    odd_last: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def identity(cls, batch: int, length: int) -> Reduction:
@@ -211,30 +213,31 @@ class Reduction:
     def reduce(self, values: Array) -> Array:
         """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
         if self.merges:
-            return merging.merge(values, self.assign, self.weight, self.num_slots)
+            return merging.merge(values, self.assign, self.weight, self.num_slots, odd_last=self.odd_last)
         if self.packed:
             return compaction.compact(values, self._packing())
         return _gather(values, self.slots)
 
     def reduce_mass(self, mass: Float[Array, "B N"]) -> Float[Array, "B M"]:
         """`mass [B, N]` summed over the tokens of each slot."""
-        return (
-            jnp.einsum("bmn,bn->bm", self.support(), mass, precision=_PRECISION)
-            if self.merges or self.stands_at_head
-            else _gather(mass, self.slots)
-        )
+        if not (self.merges or self.stands_at_head):
+            return _gather(mass, self.slots)
+        return merging.merge(mass[..., None], self.assign, jnp.ones_like(self.weight), self.num_slots)[..., 0]
 
     def apply(self, tokens: TokenSet) -> TokenSet:
         """The reduced token set: features and coordinates averaged, mass summed, origin followed.
 
         With `stands_at_head` coordinates are those of the heads.
         """
-        return TokenSet(
-            self.reduce(tokens.features),
-            self.reduce_mass(tokens.mass),
-            _gather(tokens.coords, self.slots) if self.stands_at_head else self.reduce(tokens.coords),
-            _follow(tokens.origin, self.assign),
-        )
+        features, origin = self.reduce(tokens.features), _follow(tokens.origin, self.assign)
+        if self.merges and not self.stands_at_head:
+            # One sum for both: each is a few numbers a token.
+            shares = tokens.coords.astype(jnp.float32) * self.weight[..., None]
+            numbers = jnp.concatenate([tokens.mass[..., None], shares], axis=-1)
+            sums = merging.merge(numbers, self.assign, jnp.ones_like(self.weight), self.num_slots)
+            return TokenSet(features, sums[..., 0], sums[..., 1:].astype(tokens.coords.dtype), origin)
+        coords = _gather(tokens.coords, self.slots) if self.stands_at_head else self.reduce(tokens.coords)
+        return TokenSet(features, self.reduce_mass(tokens.mass), coords, origin)
 
     def restore(
         self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +15,22 @@ import jax
 NAMES = ("tpu", "gpu", "xla", "interpret", "gpu_interpret")
 
 _PREFERENCE = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
+_TARGET: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
 def preference(platform: str | None = None) -> tuple[str, ...]:
-    """Names to try on a platform, best first; the default backend's when None."""
-    return _PREFERENCE.get(platform or jax.default_backend(), ("xla",))
+    """Names to try on a platform, best first; that of `compiled_for`, or the default backend's, when None."""
+    return _PREFERENCE.get(platform or _TARGET.get() or jax.default_backend(), ("xla",))
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """What is traced in this context is compiled for another platform than the default backend: the best one there is chosen."""
+    before = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(before)
 
 
 def left_to_xla(reason: str) -> Callable[..., Any]:

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
-
-from adaptive import budgets, ragged
-from adaptive.reduction import combine, match
+from adaptive import budgets
+from adaptive.reduction import match
 from adaptive.registry import register
 from adaptive.tokens import Reduction, Signals, TokenSet
+from pallas_kernels.bipartite_match import pair_up
 
 
 @register(
@@ -42,35 +40,15 @@ def tome(tokens: TokenSet, signals: Signals, budget: budgets.Budget) -> Reductio
     """
     similarity, partner = match.best_partner(signals.keys, tokens.valid, cls_token=signals.cls_token)
     even, odd = similarity.shape[1], tokens.features.shape[1] // 2
-    removed = even + odd - budgets.capacity(budget)
-    place = ragged.rank(similarity)
-    merged = place < removed
-    if isinstance(budget, budgets.Threshold):
-        merged |= similarity > budget.value
-    # Where the unmerged even tokens go: by index with a class token, so that it stays first; by similarity without.
-    position = _prefix_place(~merged) if signals.cls_token else place - jnp.sum(merged, axis=-1, keepdims=True)
-    unmerged = jnp.sum(~merged, axis=-1, keepdims=True, dtype=jnp.int32)
-    odd_slots = jnp.broadcast_to(unmerged + jnp.arange(odd, dtype=jnp.int32), (merged.shape[0], odd))
-    even_slots = jnp.where(merged, jnp.take_along_axis(odd_slots, partner, axis=1), position)
-    head = _interleave(jnp.where(merged, -1, position), odd_slots)
-    return combine.weighted_mean(_heads(head, even + odd - removed), _interleave(even_slots, odd_slots), tokens.mass)
-
-
-def _prefix_place(keep: Array) -> Int[Array, "B A"]:
-    """Place of each kept token among the kept ones."""
-    return jnp.cumsum(keep, axis=-1, dtype=jnp.int32) - 1
-
-
-def _interleave(even: Array, odd: Array) -> Array:
-    """`[B, N]` from the values at even and at odd tokens (one even token more when N is odd)."""
-    padded = jnp.pad(odd, ((0, 0), (0, even.shape[1] - odd.shape[1])))
-    return jnp.stack([even, padded], axis=-1).reshape(even.shape[0], -1)[:, : even.shape[1] + odd.shape[1]]
-
-
-def _heads(slot: Float[Array, "B N"], slots: int) -> Int[Array, "B M"]:
-    """`[B, M]` token that heads each slot, from the slot `[B, N]` that each token heads (-1: none)."""
-    length = slot.shape[1]
-    # Tokens sorted by the slot they head; those that head none go last.
-    order = jnp.argsort(jnp.where(slot >= 0, slot, length), axis=-1)[:, :slots].astype(jnp.int32)
-    headed = jnp.sum(slot >= 0, axis=-1, keepdims=True)
-    return jnp.where(jnp.arange(slots) < headed, order, -1)
+    threshold = budget.value if isinstance(budget, budgets.Threshold) else None
+    pairs = pair_up(
+        similarity,
+        partner,
+        tokens.mass,
+        removed=even + odd - budgets.capacity(budget),
+        threshold=threshold,
+        # By index with a class token, so that it stays first.
+        ordered=bool(signals.cls_token),
+    )
+    # Under a threshold the number of unmerged even tokens is not known in advance.
+    return Reduction(*pairs, merges=True, odd_last=threshold is None)

@@ -17,11 +17,12 @@ from experiments import parallel
 from experiments.aot import compiler, gpu, schedule
 from experiments.rundir import versions
 from pallas_kernels import compact as compaction
+from pallas_kernels import dispatch
 from pallas_kernels import merge as merging
 from pallas_kernels import ragged_prefix_mlp as prefix
 from pallas_kernels.biased_flash_attention import attention_column_stats, biased_attention
 from pallas_kernels.biased_flash_attention import specs as biased_specs
-from pallas_kernels.bipartite_match import bipartite_match
+from pallas_kernels.bipartite_match import bipartite_match, pair_up
 from pallas_kernels.bipartite_match import specs as match_specs
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention import specs as sparse_specs
@@ -46,6 +47,8 @@ GPU_NAMES = (
     "restore",
     "sparse_decode_attention",
 )
+# Even tokens of sequences whose pairs are all compared.
+_PAIRED = 640
 KIND = "estimated from the compiler's schedule; nothing was run"
 
 
@@ -85,6 +88,10 @@ def _bipartite_match(implementation: str) -> Iterator[Case]:
         arrays = (_Array((spec.batch, rows, spec.channels), spec.dtype) for rows in (left, right))
         read = spec.batch * spec.tokens * spec.channels * _itemsize(spec.dtype)
         yield Case(name, "best", function, tuple(arrays), read)
+        if left <= _PAIRED and implementation == "tpu":
+            own = (_Array((spec.batch, left), kind) for kind in (jnp.float32, jnp.int32))
+            pairs = functools.partial(pair_up, removed=8, ordered=True, implementation="tpu")
+            yield Case(name, "pairs", pairs, (*own, _Array((spec.batch, spec.tokens), jnp.float32)))
 
 
 def _merge(implementation: str) -> Iterator[Case]:
@@ -94,6 +101,12 @@ def _merge(implementation: str) -> Iterator[Case]:
         many, few = (_Array((spec.batch, rows, spec.width), spec.dtype) for rows in (spec.tokens, spec.slots))
         merge = functools.partial(merging.merge, slots=spec.slots, implementation=implementation)
         yield Case(name, "merge", merge, (many, assign, weight), moved)
+        if spec.tokens <= 2 * _PAIRED:
+            if implementation == "tpu":
+                half = functools.partial(merge, odd_last=True)
+                yield Case(name, "merge, odd tokens last", half, (many, assign, weight), moved)
+            few_numbers = _Array((spec.batch, spec.tokens, 3), jnp.float32)
+            yield Case(name, "merge of three numbers", merge, (few_numbers, assign, weight))
         yield Case(
             name, "restore", functools.partial(merging.restore, implementation=implementation), (few, assign), moved
         )
@@ -271,7 +284,7 @@ def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], generatio
     for old in pathlib.Path(dump).glob("*"):
         old.unlink()
     # Kernels ask the mesh which chip they are for.
-    with parallel.on_mesh(mesh):
+    with parallel.on_mesh(mesh), dispatch.compiled_for("tpu"):
         traced = jax.jit(function).trace(*arguments)
     lowered = traced.lower(lowering_platforms=("tpu",))
     text = lowered.compile().as_text()

@@ -26,6 +26,8 @@ from pallas_kernels.biased_flash_attention.tpu import all_blocks
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention, from_block_mask, tpu_plan
 from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
+from pallas_kernels.sparse_decode_attention import specs as decode_specs
+from pallas_kernels.sparse_decode_attention import tpu as decode
 
 _Array = jax.ShapeDtypeStruct
 _HEADS = 8
@@ -273,6 +275,9 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
             own = _layer_cycles(reduced, tokens, "Block._reduce")
             fastest = min(times, key=times.get)
             clock = compiler.CHIPS[name].clock
+            # One read and one write of the features, were they all that is moved, and not in on-chip memory.
+            moved = batch * (2 * tokens - removed) * SHAPES["L"][0] * 2 / compiler.CHIPS[name].bandwidth * clock
+            merging = sum(program.cycles() for program in reduced.kernels if program.name.startswith("merge_pairs"))
             yield _finished(
                 {
                     "part": "matching and merging in a ViT-L layer",
@@ -287,10 +292,44 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
                         if "Block._reduce" in place
                     },
                     "other_instructions": sum("Block._reduce" in place for _, place in reduced.instructions),
-                    # One read and one write of the features, were they all that is moved.
-                    "hbm_us": 1e6 * batch * (2 * tokens - removed) * 1024 * 2 / compiler.CHIPS[name].bandwidth,
+                    "hbm_us": 1e6 * moved / clock,
+                    "share_with_hbm": (own + max(0.0, moved - merging)) / times[fastest],
                 }
             )
+
+
+def decode_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
+    """Sparse decoding over full lists, against the time that memory needs for the listed pages alone."""
+    for case in kernels.KERNELS["sparse_decode_attention"]():
+        spec = decode_specs.NAMED[case.shape]
+        for name in chips:
+            chip = compiler.CHIPS[name]
+            (program,) = kernels.compiled(case.function, case.arguments, name, dump).kernels
+            seconds = _decode_cycles(program, spec) / chip.clock
+            yield _finished(
+                {
+                    "part": "one query row, every list full",
+                    "shape": case.shape,
+                    "chip": name,
+                    "estimated_us": 1e6 * seconds,
+                    "hbm_us": 1e6 * case.bytes / chip.bandwidth,
+                    # Copies run beside the work: the longer of the two is the least time, and their sum the most.
+                    "share_of_bandwidth": case.bytes / chip.bandwidth / max(seconds, case.bytes / chip.bandwidth),
+                }
+            )
+
+
+def _decode_cycles(program: schedule.Program, spec: decode_specs.Spec) -> float:
+    """A sequence's step holds a loop over key heads, that one a loop over blocks of pages."""
+    heads = next(region for region in program.step.inside if region.kind == "loop")
+    block = next(region for region in heads.inside if region.kind == "loop")
+    starts = max((region for region in block.inside if region.inside), key=lambda region: region.bundles)
+    runs = sum(region.bundles for region in starts.inside if not region.inside)
+    # The end of the last page is cleared once a list; a run that is cut short is left out, as a whole one costs as much.
+    cleared = sum(region.bundles for region in block.inside if not region.inside)
+    blocks = -(-spec.listed // decode.block_pages(spec.slots, spec.listed))
+    one = heads.own + blocks * (block.own + starts.own + runs) + cleared
+    return program.grid.trips * program.grid.own + spec.batch * (program.step.own + spec.groups * one)
 
 
 def _vit_layer(tokens: int, batch: int, removed: int, attention: str) -> tuple:
@@ -345,6 +384,7 @@ POINTS: dict[str, Callable[[tuple[str, ...], str], Iterator[dict[str, Any]]]] = 
     "block_sparse_attention": block_sparse_rows,
     "merge": merge_share_rows,
     "ragged_prefix_mlp": staircase_rows,
+    "sparse_decode_attention": decode_rows,
 }
 
 

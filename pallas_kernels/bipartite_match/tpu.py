@@ -3,7 +3,7 @@
 
 Similarities of a block are made transposed, right rows down and left rows across, so that the statistic is a maximum down the
 block, which is plain vector work, and its results lie across the lanes as they are stored. Rows enter as they are: bfloat16
-products are exact, and norms enter as factors in float32.
+products are exact, and norms, made here too, enter as factors in float32.
 
 Shapes: B batch, A left rows, K right rows, C channels, S statistics a row.
 """
@@ -41,11 +41,10 @@ def bipartite_match(
     _check(left, right, block)
     left_block, right_block = min(block, rows), min(block, columns)
     group = _group(batch, max(left_block, right_block), block)
-    left_facts, right_facts = _facts(left, right, bias, metric)
     kept = 2 if statistic == "best_two" else 1
     grid = (batch // group, pl.cdiv(rows, left_block), pl.cdiv(columns, right_block))
     shape = (batch, kept, rows)
-    kernel = functools.partial(_kernel, columns=columns, statistic=statistic)
+    kernel = functools.partial(_kernel, columns=columns, metric=metric, statistic=statistic)
     out = pl.BlockSpec((group, kept, left_block), lambda b, i, j: (b, 0, i))
     value, index = pl.pallas_call(
         kernel,
@@ -54,8 +53,7 @@ def bipartite_match(
         in_specs=[
             pl.BlockSpec((group, left_block, channels), lambda b, i, j: (b, i, 0)),
             pl.BlockSpec((group, right_block, channels), lambda b, i, j: (b, j, 0)),
-            pl.BlockSpec((group, 2, left_block), lambda b, i, j: (b, 0, i)),
-            pl.BlockSpec((group, 2, right_block), lambda b, i, j: (b, 0, j)),
+            pl.BlockSpec((group, 1, right_block), lambda b, i, j: (b, 0, j)),
         ],
         out_specs=[out, out],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
@@ -68,7 +66,7 @@ def bipartite_match(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="bipartite_match",
-    )(left, right, left_facts, right_facts)
+    )(left, right, bias[:, None])
     value, index = jnp.swapaxes(value, 1, 2), jnp.swapaxes(index, 1, 2)
     return value, jnp.zeros_like(index) if statistic == "sum" else jnp.where(jnp.isneginf(value), 0, index)
 
@@ -78,18 +76,20 @@ def _group(batch: int, rows: int, block: int) -> int:
     return max(count for count in range(1, max(block // rows, 1) + 1) if batch % count == 0)
 
 
-def _facts(left: Array, right: Array, bias: Array, metric: str) -> tuple[Float[Array, "B 2 A"], Float[Array, "B 2 K"]]:
-    """Factor and shift of every left and every right row: similarity = product x both factors + both shifts."""
-    left_square, right_square = (reference.square(rows.astype(jnp.float32)) for rows in (left, right))
-    left_factor, right_factor = jnp.ones_like(left_square), jnp.ones_like(right_square)
-    left_shift = jnp.zeros_like(left_square)
-    if metric == "cosine":
-        left_factor, right_factor = (
-            jax.lax.rsqrt(jnp.maximum(square, reference.TINY)) for square in (left_square, right_square)
-        )
+def _similarities(left: Array, right: Array, bias: Float[Array, "1 K"], metric: str) -> Float[Array, "K A"]:
+    """All similarities of two blocks, right rows down."""
+    product = _product(right, left)
+    bias = jnp.broadcast_to(bias, (8, bias.shape[1])).T[:, :1]
+    if metric == "dot":
+        return product + bias
+    left_square, right_square = (
+        jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=1, keepdims=True) for rows in (left, right)
+    )
+    left_square = jnp.broadcast_to(left_square, (left.shape[0], 128)).T[:1]
     if metric == "distance":
-        left_factor, left_shift, bias = 2 * left_factor, -left_square, bias - right_square
-    return jnp.stack([left_factor, left_shift], axis=1), jnp.stack([right_factor, bias], axis=1)
+        return 2 * product + (bias - right_square) - left_square
+    factors = [jax.lax.rsqrt(jnp.maximum(square, reference.TINY)) for square in (left_square, right_square)]
+    return product * (factors[0] * factors[1]) + bias
 
 
 def _check(left: Array, right: Array, block: int) -> None:
@@ -107,7 +107,7 @@ def _check(left: Array, right: Array, block: int) -> None:
     )
 
 
-def _kernel(left_ref, right_ref, left_facts_ref, right_facts_ref, value_ref, index_ref, *, columns, statistic):
+def _kernel(left_ref, right_ref, bias_ref, value_ref, index_ref, *, columns, metric, statistic):
     start = pl.program_id(2) * right_ref.shape[1]
 
     @pl.when(pl.program_id(2) == 0)
@@ -116,9 +116,7 @@ def _kernel(left_ref, right_ref, left_facts_ref, right_facts_ref, value_ref, ind
         index_ref[...] = jnp.zeros(index_ref.shape, jnp.int32)
 
     for one in range(left_ref.shape[0]):
-        own, down = left_facts_ref[one], right_facts_ref[one].T
-        scores = _product(right_ref[one], left_ref[one])
-        scores = scores * (down[:, :1] * own[:1]) + down[:, 1:] + own[1:]
+        scores = _similarities(left_ref[one], right_ref[one], bias_ref[one], metric)
         place = start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         # What lies beyond the array may be anything.
         scores = jnp.where(place < columns, scores, -jnp.inf)

@@ -38,6 +38,7 @@ def merge(
     weight: Float[Array, "B N"],
     slots: int,
     *,
+    odd_last: bool = False,
     implementation: str | None = None,
 ) -> Array:
     """`out[m] = sum over assign[n] = m of weight[n] values[n]`, `[B, M, ...]` in the dtype of `values`, summed in float32.
@@ -45,10 +46,12 @@ def merge(
     The map is linear in `values` and in `weight` and has both gradients; neither pass holds an M x N matrix in memory.
 
     Args:
-      values: `[B, N, ...]`; "tpu" takes finite float32 and bfloat16 rows of at least 128 numbers.
+      values: `[B, N, ...]`; "tpu" takes finite float32 and bfloat16 rows of at least 128 numbers, or of at most 7.
       assign: `[B, N]` slot that each token joins, in 0..M-1; -1 when it joins none.
       weight: `[B, N]` its coefficient there.
       slots: M.
+      odd_last: a promise that every odd token heads a slot, in order, and that those are the last slots; a kernel may then do half
+        of the work.
       implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. On a GPU "xla" adds in
         no fixed order, so that slots of three tokens or more may differ in the last bit between runs.
 
@@ -63,7 +66,7 @@ def merge(
     if slots < 1:
         raise ValueError(f"there must be at least one slot; got {slots}")
     flat = values.reshape(*assign.shape, -1)
-    out = _merge(flat, assign, weight.astype(jnp.float32), slots, implementation)
+    out = _merge(flat, assign, weight.astype(jnp.float32), (slots, odd_last, implementation))
     return out.reshape(out.shape[:2] + values.shape[2:])
 
 
@@ -78,18 +81,20 @@ def restore(values: Array, assign: Int[Array, "B N"], *, implementation: str | N
     return flat.reshape(assign.shape + values.shape[2:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _merge(values, assign, weight, slots, implementation):
-    return dispatch.call("merge", _MERGE, implementation, values, assign, weight, slots=slots)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _merge(values, assign, weight, static):
+    slots, odd_last, implementation = static
+    options = {"slots": slots, "odd_last": odd_last}
+    return dispatch.call("merge", _MERGE, implementation, values, assign, weight, **options)
 
 
-def _merge_forward(values, assign, weight, slots, implementation):
-    return _merge(values, assign, weight, slots, implementation), (values, assign, weight)
+def _merge_forward(values, assign, weight, static):
+    return _merge(values, assign, weight, static), (values, assign, weight)
 
 
-def _merge_backward(slots, implementation, saved, moved):
+def _merge_backward(static, saved, moved):
     values, assign, weight = saved
-    spread = _restore(moved, assign, implementation).astype(jnp.float32)
+    spread = _restore(moved, assign, static[-1]).astype(jnp.float32)
     weight_gradient = jnp.sum(values.astype(jnp.float32) * spread, axis=-1)
     nothing = np.zeros(assign.shape, jax.dtypes.float0)
     return (weight[..., None] * spread).astype(values.dtype), nothing, weight_gradient
@@ -109,7 +114,7 @@ def _restore_forward(values, assign, implementation):
 
 def _restore_backward(implementation, saved, moved):
     assign, slots = saved
-    gradient = _merge(moved, assign, jnp.ones(assign.shape, jnp.float32), slots, implementation)
+    gradient = _merge(moved, assign, jnp.ones(assign.shape, jnp.float32), (slots, False, implementation))
     return gradient, np.zeros(assign.shape, jax.dtypes.float0)
 
 

@@ -30,9 +30,11 @@ def merge(
     weight: Float[Array, "B N"],
     *,
     slots: int,
+    odd_last: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B M D"]:
-    """Every slot sums its tokens, in float32 and in their order."""
+    """Every slot sums its tokens, in float32 and in their order, so that `odd_last` saves nothing."""
+    del odd_last
     # Tokens that join no slot stand behind all others.
     place = jnp.where(assign >= 0, assign, slots)
     order = jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)

@@ -3,7 +3,8 @@
 
 A sequence of up to `_WHOLE` tokens is one tile, read once and written once. Longer ones are cut into tiles of tokens and
 of slots, and pairs that no token joins are skipped without a copy. Bfloat16 rows meet bfloat16 weights; what rounding adds to
-the weights of a slot is taken out of its sum, so that a mean stays a mean.
+the weights of a slot is taken out of its sum, so that a mean stays a mean. `tpu_narrow` takes rows of a few numbers, `tpu_pairs` merges
+of pairs.
 
 Shapes: B batch, N tokens, M slots, D features, T tiles of tokens, S tiles of slots.
 """
@@ -19,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import vmem
+from pallas_kernels.merge import tpu_narrow, tpu_pairs
 
 # A product of whole sequences wastes multiply-adds on zeros, M of them a number read; longer ones pay for steps of tiles.
 _WHOLE, _TILE = 640, 512
@@ -30,10 +32,15 @@ def merge(
     weight: Float[Array, "B N"],
     *,
     slots: int,
+    odd_last: bool = False,
     tile: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B M D"]:
     """Weighted sums of the rows that join each slot; `tile` rows a step (all of a short sequence when None)."""
+    if values.shape[2] <= tpu_narrow.WIDEST:
+        return tpu_narrow.merge(values, assign, weight, slots=slots, interpret=interpret)
+    if odd_last and tpu_pairs.takes(values, slots):
+        return tpu_pairs.merge(values, assign, weight, slots=slots, interpret=interpret)
     return _multiply(values, assign, weight, slots, True, tile, interpret)
 
 
@@ -89,7 +96,8 @@ def _multiply(
     columns = block_columns("merge" if merges else "restore", values.shape, values.dtype, min(tile, longest))
     assign = jnp.pad(assign, ((0, 0), (0, -length % tile)), constant_values=-1)
     weight = jnp.pad(weight, ((0, 0), (0, -length % tile)))
-    live = _live(assign, slots, tile)
+    # A sequence that is one tile needs no table to say so.
+    live = jnp.ones((batch, 1, 1), bool) if tile >= longest else _live(assign, slots, tile)
     if not merges:
         live = jnp.swapaxes(live, 1, 2)
     fetch = jax.lax.cummax(jnp.where(live, jnp.arange(live.shape[2], dtype=jnp.int32), 0), axis=2)

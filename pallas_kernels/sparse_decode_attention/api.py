@@ -26,12 +26,12 @@ _IMPLEMENTATIONS = {
 
 def sparse_decode_attention(
     query: Float[Array, "B T H d"],
-    key_pages: Float[Array, "G P S d"],
-    value_pages: Float[Array, "G P S d"],
+    key_pages: Float[Array, "*b G P S d"],
+    value_pages: Float[Array, "*b G P S d"],
     pages: Int[Array, "B g L"],
     lengths: Int[Array, "B g"],
     *,
-    bias: Float[Array, "G P S"] | None = None,
+    bias: Float[Array, "*b G P S"] | None = None,
     sinks: Float[Array, " H"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
@@ -43,11 +43,12 @@ def sparse_decode_attention(
 
     Args:
       query: `[B, T, H, d]`; query head h reads key head `h // (H / G)`, and every row sees every listed key.
-      key_pages, value_pages: `[G, P, S, d]`.
+      key_pages, value_pages: `[G, P, S, d]`, a pool for all rows, or `[B, G, P, S, d]`, pages of each row's own: a plain cache
+        `[B, G, P S, d]` in another shape.
       pages: `[B, G, L]` pages of each key head in any order, or `[B, 1, L]` when all heads share them; a page is listed once.
       lengths: `[B, G]` (or `[B, 1]`) tokens listed: all slots of the listed pages but for the end of the last one, in 0..L S.
         Entries of `pages` past the length are not looked at.
-      bias: `[G, P, S]` added to the logits of each slot (log mass); -inf removes it.
+      bias: `[G, P, S]` or `[B, G, P, S]`, as the pages, added to the logits of each slot (log mass); -inf removes it.
       sinks: `[H]` logits that enter the denominator alone; 0 is softmax-off-by-one.
       scale: factor of the products; `d ** -0.5` when None.
       implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. Under several devices
@@ -96,15 +97,21 @@ def pack_tokens(
 
 
 def _check(query, key_pages, value_pages, pages, lengths, bias, sinks) -> None:
-    if query.ndim != 4 or key_pages.ndim != 4 or pages.ndim != 3:
+    if query.ndim != 4 or key_pages.ndim not in (4, 5) or pages.ndim != 3:
         raise ValueError(
-            f"query must be [B, T, H, d], key_pages [G, P, S, d], pages [B, G, L]; got {query.shape}, {key_pages.shape}, "
+            f"query must be [B, T, H, d], key_pages [G, P, S, d] or [B, G, P, S, d], pages [B, G, L]; got {query.shape}, {key_pages.shape}, "
             f"{pages.shape}"
         )
-    (batch, _, heads, width), groups = query.shape, key_pages.shape[0]
-    if heads % groups or key_pages.shape[3] != width or value_pages.shape != key_pages.shape:
+    (batch, _, heads, width), groups = query.shape, key_pages.shape[-4]
+    lead = key_pages.shape[:-4]
+    if (
+        heads % groups
+        or lead not in ((), (batch,))
+        or key_pages.shape[-1] != width
+        or value_pages.shape != key_pages.shape
+    ):
         raise ValueError(
-            f"key_pages and value_pages must be [G, P, S, {width}] with G dividing {heads}; got {key_pages.shape} and "
+            f"key_pages and value_pages must be [G, P, S, {width}] or [{batch}, G, P, S, {width}] with G dividing {heads}; got {key_pages.shape} and "
             f"{value_pages.shape}"
         )
     if pages.shape[:2] not in ((batch, groups), (batch, 1)) or lengths.shape != pages.shape[:2] or 0 in pages.shape:
@@ -112,7 +119,9 @@ def _check(query, key_pages, value_pages, pages, lengths, bias, sinks) -> None:
             f"pages must be [B, {groups} or 1, L] and lengths [B, {groups} or 1] with B = {batch} and at least one page; got "
             f"{pages.shape} and {lengths.shape}"
         )
-    if bias is not None and bias.shape != key_pages.shape[:3]:
-        raise ValueError(f"bias must be [G, P, S] = {key_pages.shape[:3]}; got {bias.shape}")
+    if bias is not None and bias.shape != key_pages.shape[:-1]:
+        raise ValueError(
+            f"bias must be {'[B, G, P, S]' if lead else '[G, P, S]'} = {key_pages.shape[:-1]}; got {bias.shape}"
+        )
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be [H] = ({heads},); got {sinks.shape}")

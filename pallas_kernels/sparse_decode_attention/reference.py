@@ -15,23 +15,24 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 def sparse_decode_attention(
     query: Float[Array, "B T H d"],
-    key_pages: Float[Array, "G P S d"],
-    value_pages: Float[Array, "G P S d"],
+    key_pages: Float[Array, "*b G P S d"],
+    value_pages: Float[Array, "*b G P S d"],
     pages: Int[Array, "B G L"],
     lengths: Int[Array, "B G"],
     *,
-    bias: Float[Array, "G P S"] | None,
+    bias: Float[Array, "*b G P S"] | None,
     sinks: Float[Array, " H"] | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]:
     """Dense attention over `[L S]` gathered slots, those past the length masked."""
-    (batch, rows, heads, width), (groups, _, slots, _) = query.shape, key_pages.shape
-    own = gather(key_pages, pages), gather(value_pages, pages)
-    keys, values = (array.astype(jnp.float32).reshape(batch, groups, -1, width) for array in own)
+    (batch, rows, heads, width), (groups, _, slots, _) = query.shape, key_pages.shape[-4:]
+    own = key_pages.ndim == 5
+    listed = gather(key_pages, pages, own), gather(value_pages, pages, own)
+    keys, values = (array.astype(jnp.float32).reshape(batch, groups, -1, width) for array in listed)
     stacked = query.astype(jnp.float32).reshape(batch, rows, groups, -1, width)
     logits = jnp.einsum("btgrd,bgkd->btgrk", stacked, keys, precision=_EXACT) * scale
     if bias is not None:
-        logits += gather(bias, pages).reshape(batch, 1, groups, 1, -1)
+        logits += gather(bias, pages, own).reshape(batch, 1, groups, 1, -1)
     live = jnp.arange(pages.shape[2] * slots) < lengths[..., None]
     logits = jnp.where(live[:, None, :, None], logits, -jnp.inf).reshape(batch, rows, heads, -1)
     sink = jnp.full((heads,), -jnp.inf) if sinks is None else sinks
@@ -43,7 +44,9 @@ def sparse_decode_attention(
     return out.reshape(query.shape).astype(query.dtype), lse
 
 
-def gather(pool: Float[Array, "G P S ..."], pages: Int[Array, "B G L"]) -> Float[Array, "B G L S ..."]:
-    """The listed pages; what is listed past a length may be any number."""
-    pages = jnp.clip(jnp.broadcast_to(pages, (pages.shape[0], pool.shape[0], pages.shape[2])), 0, pool.shape[1] - 1)
-    return pool[jnp.arange(pool.shape[0])[:, None], pages]
+def gather(pool: Float[Array, "*b G P S ..."], pages: Int[Array, "B g L"], own: bool) -> Float[Array, "B G L S ..."]:
+    """The listed pages, of each row's own when `own`, else of a pool; what is listed past a length may be any number."""
+    groups, there = pool.shape[own : own + 2]
+    pages = jnp.clip(jnp.broadcast_to(pages, (pages.shape[0], groups, pages.shape[2])), 0, there - 1)
+    heads = jnp.arange(groups)[:, None]
+    return pool[jnp.arange(pages.shape[0])[:, None, None], heads, pages] if own else pool[heads, pages]

@@ -19,17 +19,17 @@ _SLOTS = 512
 
 def sparse_decode_attention(
     query: Float[Array, "B T H d"],
-    key_pages: Float[Array, "G P S d"],
-    value_pages: Float[Array, "G P S d"],
+    key_pages: Float[Array, "*b G P S d"],
+    value_pages: Float[Array, "*b G P S d"],
     pages: Int[Array, "B g L"],
     lengths: Int[Array, "B g"],
     *,
-    bias: Float[Array, "G P S"] | None,
+    bias: Float[Array, "*b G P S"] | None,
     sinks: Float[Array, " H"] | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]:
     """Online softmax in float32 over blocks of pages."""
-    groups, _, slots, width = key_pages.shape
+    (groups, _, slots, width), own = key_pages.shape[-4:], key_pages.ndim == 5
     batch = query.shape[0]
     many = max(min(_SLOTS // slots, pages.shape[2]), 1)
     pages = jnp.pad(pages, ((0, 0), (0, 0), (0, -pages.shape[2] % many)))
@@ -39,11 +39,13 @@ def sparse_decode_attention(
     def step(index: Array, state: tuple) -> tuple:
         peak, total, out = state
         listed = jax.lax.dynamic_slice_in_dim(pages, index * many, many, axis=2)
-        keys, values = (gather(pool, listed).reshape(batch, groups, -1, width) for pool in (key_pages, value_pages))
+        keys, values = (
+            gather(pool, listed, own).reshape(batch, groups, -1, width) for pool in (key_pages, value_pages)
+        )
         options = {"precision": precision, "preferred_element_type": jnp.float32}
         logits = jnp.einsum("bgrd,bgkd->bgrk", stacked, keys, **options)
         if bias is not None:
-            logits += gather(bias, listed).reshape(batch, groups, 1, -1).astype(jnp.float32)
+            logits += gather(bias, listed, own).reshape(batch, groups, 1, -1).astype(jnp.float32)
         live = index * many * slots + jnp.arange(many * slots) < lengths[..., None]
         logits = jnp.where(live[:, :, None], logits, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1, keepdims=True))

@@ -145,7 +145,7 @@ def test_several_steps_and_several_blocks_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("slots", "listed", "many"), [(64, 51, 16), (16, 204, 16), (128, 100, 8), (64, 3, 3), (2048, 5, 1)]
+    ("slots", "listed", "many"), [(64, 51, 26), (16, 204, 102), (128, 100, 15), (64, 3, 3), (2048, 5, 1)]
 )
 def test_pages_of_a_step(slots, listed, many):
     assert tpu.block_pages(slots, listed) == many

@@ -230,10 +230,8 @@ def ragged_prefix_mlp(
 ) -> Float[Array, "R E"]:
     """An MLP whose hidden layer is divided into K units, of which each row runs the first that it needs: `[R, E]`.
 
-    Rows stand in any order; they are sorted by `stairs` for the staircase kernel and put back. Arguments, cost and errors are
-    those of `pallas_kernels.ragged_prefix_mlp`.
+    Rows stand in any order, and so does the result. Arguments, cost and errors are those of
+    `pallas_kernels.ragged_prefix_mlp`.
     """
-    out = prefix.ragged_prefix_mlp(
-        stairs.sort(rows), stairs.counts, up, bias, down, activation=activation, implementation=implementation
-    )
-    return stairs.unsort(out)
+    options = {"places": (stairs.order, stairs.inverse), "activation": activation, "implementation": implementation}
+    return prefix.ragged_prefix_mlp(rows, stairs.counts, up, bias, down, **options)

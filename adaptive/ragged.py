@@ -226,6 +226,7 @@ def ragged_prefix_mlp(
     down: Float[Array, "U E"],
     *,
     activation: str = "gelu_tanh",
+    base: Float[Array, "R E"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R E"]:
     """An MLP whose hidden layer is divided into K units, of which each row runs the first that it needs: `[R, E]`.
@@ -233,5 +234,6 @@ def ragged_prefix_mlp(
     Rows stand in any order, and so does the result. Arguments, cost and errors are those of
     `pallas_kernels.ragged_prefix_mlp`.
     """
-    options = {"places": (stairs.order, stairs.inverse), "activation": activation, "implementation": implementation}
-    return prefix.ragged_prefix_mlp(rows, stairs.counts, up, bias, down, **options)
+    options = {"activation": activation, "base": base, "implementation": implementation}
+    places = (stairs.order, stairs.inverse)
+    return prefix.ragged_prefix_mlp(rows, stairs.counts, up, bias, down, places=places, **options)

@@ -20,13 +20,17 @@ from pallas_kernels.ragged_prefix_mlp.sort import permute
 
 
 def _of_sorted_rows(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """A kernel that takes sorted rows, with rows sorted before it and put back behind it."""
+    """A kernel that takes sorted rows, with rows sorted before it and put back behind it, and added to the base."""
 
-    def run(rows: Array, *arguments: Array, places: tuple[Array, Array] | None, **options: Any) -> Array:
+    def run(
+        rows: Array, *arguments: Array, places: tuple[Array, Array] | None, base: Array | None, **options: Any
+    ) -> Array:
         if places is None:
-            return kernel(rows, *arguments, **options)
-        order, inverse = places
-        return permute(kernel(permute(rows, order, inverse), *arguments, **options), inverse, order)
+            out = kernel(rows, *arguments, **options)
+        else:
+            order, inverse = places
+            out = permute(kernel(permute(rows, order, inverse), *arguments, **options), inverse, order)
+        return out if base is None else base + out
 
     return run
 
@@ -52,6 +56,7 @@ def ragged_prefix_mlp(
     *,
     activation: str = "gelu_tanh",
     places: tuple[Int[Array, " R"], Int[Array, " R"]] | None = None,
+    base: Float[Array, "R E"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R E"]:
     """`sum over units k with counts[k] > i of act(rows[i] up_k + bias_k) down_k`, `[R, E]` in the dtype of `rows`.
@@ -66,6 +71,7 @@ def ragged_prefix_mlp(
       activation: "gelu_tanh", "relu", "silu", or "identity" for a map of low rank.
       places: `(order, inverse)` as `counting_sort` gives them, for rows in any order; the result is then in theirs. None for
         rows that are sorted.
+      base: `[R, E]` in the dtype of `rows`, what the sum is added to, such as that of units which run on all rows.
       implementation: "tpu", "xla", "interpret", or None for the best available. Under several devices call it inside a
         `shard_map`: rows are sorted among those of one device.
 
@@ -81,7 +87,9 @@ def ragged_prefix_mlp(
         raise ValueError(f"up must be [D, U] = {want} and bias [U]; got {up.shape} and {bias.shape}")
     if places is not None and any(place.shape != rows.shape[:1] for place in places):
         raise ValueError(f"places must be two of [R] = {rows.shape[:1]}; got {[place.shape for place in places]}")
-    options = {"activation": activation, "places": places}
+    if base is not None and (base.shape, base.dtype) != ((rows.shape[0], down.shape[1]), rows.dtype):
+        raise ValueError(f"base must be [R, E] in {rows.dtype}; got {base.dtype} {base.shape}")
+    options = {"activation": activation, "places": places, "base": base}
     return dispatch.call("ragged_prefix_mlp", _MLP, implementation, rows, counts, up, bias, down, **options)
 
 

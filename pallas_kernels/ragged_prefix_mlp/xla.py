@@ -22,7 +22,7 @@ from pallas_kernels.ragged_prefix_mlp.sort import permute
 _TILE = 128
 # Rows of large and small tiles of the staircase: large ones reuse more of what they read, small ones waste less at the end of a
 # level. Each divides the one before.
-_TILES = (256, 64)
+_TILES = (128, 32)
 # How a tile's rows are gathered and put back: their places are in bounds, and no two are the same.
 _EACH_ONCE = {"mode": "promise_in_bounds", "unique_indices": True}
 
@@ -36,6 +36,7 @@ def ragged_prefix_mlp(
     *,
     activation: str,
     places: tuple[Int[Array, " R"], Int[Array, " R"]] | None = None,
+    base: Float[Array, "R E"] | None = None,
 ) -> Float[Array, "R E"]:
     """Tiles of rows, each with as many units as its first row needs; units that later rows do not need are set to 0.
 
@@ -45,7 +46,9 @@ def ragged_prefix_mlp(
         return jnp.zeros((0, down.shape[1]), rows.dtype)
     if places is None:
         places = (jnp.arange(rows.shape[0], dtype=jnp.int32),) * 2
-    return _staircase(activation, rows, *places, counts, up, bias, down)
+    if base is None:
+        base = jnp.zeros((rows.shape[0], down.shape[1]), rows.dtype)
+    return _staircase(activation, rows, *places, counts, up, bias, down, base)
 
 
 def _runs(length: int, counts: Array) -> list[tuple[int, int, Array, Array]]:
@@ -84,31 +87,32 @@ def _tile_of(activation: str, counts: Array, weights: list, start: Array, tile: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _staircase(activation, rows, order, inverse, counts, up, bias, down):
+def _staircase(activation, rows, order, inverse, counts, up, bias, down, base):
     del inverse
     weights = _split(counts.shape[0], up, bias, down)
-    out = jnp.zeros((rows.shape[0], down.shape[1]), rows.dtype)
+    out = base
     for units, tile, first, number in _runs(rows.shape[0], counts):
 
         def step(index, out, own=weights[:units], tile=tile, first=first):
             start = first + index * tile
             places = jax.lax.dynamic_slice_in_dim(order, start, tile)
             value = _tile_of(activation, counts, own, start, rows.at[places].get(**_EACH_ONCE))
+            value += out.at[places].get(**_EACH_ONCE)
             return out.at[places].set(value.astype(out.dtype), **_EACH_ONCE)
 
         out = jax.lax.fori_loop(0, number, step, out)
     return out
 
 
-def _staircase_forward(activation, rows, order, inverse, counts, up, bias, down):
+def _staircase_forward(activation, rows, order, inverse, counts, up, bias, down, base):
     saved = (rows, order, inverse, counts, up, bias, down)
-    return _staircase(activation, *saved), saved
+    return _staircase(activation, *saved, base), saved
 
 
 def _staircase_backward(activation, saved, moved):
     """The same loops over sorted copies, computing each tile again."""
     rows, order, inverse, counts, up, bias, down = saved
-    rows, moved = _needed(permute(rows, order, inverse), counts), permute(moved, order, inverse)
+    rows, sorted_moved = _needed(permute(rows, order, inverse), counts), permute(moved, order, inverse)
     weights = _split(counts.shape[0], up, bias, down)
     # Sums over tiles stay in float32, whatever the weights' dtype.
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), weights)
@@ -118,7 +122,7 @@ def _staircase_backward(activation, saved, moved):
         def step(index, carry, own=weights[:units], tile=tile, first=first):
             sums, row_grads = carry
             start = first + index * tile
-            part, part_moved = (jax.lax.dynamic_slice_in_dim(leaf, start, tile) for leaf in (rows, moved))
+            part, part_moved = (jax.lax.dynamic_slice_in_dim(leaf, start, tile) for leaf in (rows, sorted_moved))
             value, pull = jax.vjp(lambda w, t: _tile_of(activation, counts, w, start, t), own, part)
             grads, row_grad = pull(part_moved.astype(value.dtype))
             sums = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
@@ -130,7 +134,7 @@ def _staircase_backward(activation, saved, moved):
     grads = jnp.concatenate(ups, axis=1), jnp.concatenate(biases), jnp.concatenate(downs)
     grads = (grad.astype(leaf.dtype) for grad, leaf in zip(grads, (up, bias, down), strict=True))
     nothing = (np.zeros(leaf.shape, jax.dtypes.float0) for leaf in (order, inverse, counts))
-    return permute(row_grads, inverse, order), *nothing, *grads
+    return permute(row_grads, inverse, order), *nothing, *grads, moved
 
 
 _staircase.defvjp(_staircase_forward, _staircase_backward)

@@ -25,7 +25,7 @@ _IMAGES = {
         **{f"model.acm.phases.{k}": v for k, v in _SHORT.items()},
     },
     "targets": (0.8, 0.65, 0.5, 0.35, 0.2),
-    "thresholds": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97),
+    "thresholds": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97),
     "depths": (1.5, 2.5),
     "experts": (2, 4, 8),
     "ratios": (0.8,),
@@ -68,6 +68,7 @@ SUITES: dict[str, dict[str, Any]] = {
             "overrides": {
                 **_IMAGES["overrides"],
                 "steps": 150,
+                "optimizer.peak": 3e-3,
                 "model.acm.phases.dense_steps": 600,
                 "model.acm.phases.distill_steps": 150,
                 "model.acm.phases.gate_steps": 40,

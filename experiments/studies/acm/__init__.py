@@ -35,7 +35,7 @@ _IMAGES = {
 }
 _TEXT = {
     "config": "acm/text.py",
-    "overrides": {"steps": 250, "model.acm.phases.dense_steps": 2_500, "model.acm.phases.distill_steps": 200},
+    "overrides": {"steps": 150, "model.acm.phases.dense_steps": 1_500, "model.acm.phases.distill_steps": 150},
     "targets": (0.8, 0.65, 0.5, 0.35, 0.2),
     "thresholds": (0.3, 0.5, 0.7, 0.9),
 }

@@ -41,7 +41,7 @@ EQUAL_COLUMNS = (
 )
 EQUAL_TITLE = (
     "Accuracy at equal compute, seed by seed: the curve of the other method (its better cheaper settings included, the dense "
-    "model at its end) interpolated at the compute that ACM used; 'not run' below its cheapest setting."
+    "model at its end) interpolated at the compute that ACM used; 'beyond its reach' below its cheapest setting."
 )
 ABLATIONS = {
     "all phases and losses": {},

@@ -226,14 +226,14 @@ def ragged_prefix_mlp(
     down: Float[Array, "U E"],
     *,
     activation: str = "gelu_tanh",
+    base: Float[Array, "R E"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R E"]:
     """An MLP whose hidden layer is divided into K units, of which each row runs the first that it needs: `[R, E]`.
 
-    Rows stand in any order; they are sorted by `stairs` for the staircase kernel and put back. Arguments, cost and errors are
-    those of `pallas_kernels.ragged_prefix_mlp`.
+    Rows stand in any order, and so does the result. Arguments, cost and errors are those of
+    `pallas_kernels.ragged_prefix_mlp`.
     """
-    out = prefix.ragged_prefix_mlp(
-        stairs.sort(rows), stairs.counts, up, bias, down, activation=activation, implementation=implementation
-    )
-    return stairs.unsort(out)
+    options = {"activation": activation, "base": base, "implementation": implementation}
+    places = (stairs.order, stairs.inverse)
+    return prefix.ragged_prefix_mlp(rows, stairs.counts, up, bias, down, places=places, **options)

@@ -116,9 +116,8 @@ class Learners(nn.Module):
             return out.reshape(*x.shape[:-1], self.outputs)
         chosen = gate(x, sample=self.mode == "sample").reshape(-1, self.learners)
         if self.mode == "skip":
-            out = acm.skipping(
-                rows, chosen, up, bias, down, activation=self.activation, implementation=self.implementation
-            )
+            options = {"least": self.least, "implementation": self.implementation}
+            out = acm.skipping(rows, chosen, up, bias, down, activation=self.activation, **options)
         else:
             out = acm.masked(rows, chosen, up, bias, down, activation=self.activation)
         return out.reshape(*x.shape[:-1], self.outputs)

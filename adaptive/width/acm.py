@@ -115,7 +115,12 @@ def acm(tokens: TokenSet, signals: Signals, *, least: int = 0, temperature: floa
     if least not in (0, 1):
         raise ValueError(f"least must be 0 or 1 learners; got {least}")
     logits = signals.choice_logits
-    chosen = units(choose(logits, signals.rng, temperature=temperature), logits.shape[-1] - 1 + least)
+    learners = logits.shape[-1] - 1 + least
+    if signals.rng is None:
+        # What `units` makes of the largest logit, without the sums.
+        chosen = (jnp.argmax(logits, axis=-1)[..., None] + least > jnp.arange(learners)).astype(jnp.float32)
+    else:
+        chosen = units(choose(logits, signals.rng, temperature=temperature), learners)
     return jnp.where(tokens.valid[..., None], chosen, 0.0)
 
 
@@ -167,11 +172,20 @@ def skipping(
     down: Float[Array, "U E"],
     *,
     activation: str,
+    least: int = 0,
     implementation: str | None = None,
 ) -> Float[Array, "R E"]:
-    """The same with learners that are not chosen skipped: rows sorted by how many they need, a prefix for each learner."""
-    stairs = ragged.Staircase.create(jnp.sum(chosen, axis=1).astype(jnp.int32), chosen.shape[1])
-    return ragged.ragged_prefix_mlp(rows, stairs, up, bias, down, activation=activation, implementation=implementation)
+    """The same with learners that are not chosen skipped: rows sorted by how many they need, a prefix for each learner.
+
+    The first `least` learners, which every row has, run on all rows where they stand.
+    """
+    used = least * up.shape[1] // chosen.shape[1]
+    base = ACTIVATIONS[activation](rows @ up[:, :used] + bias[:used]) @ down[:used] if least else None
+    if least == chosen.shape[1]:
+        return base
+    stairs = ragged.Staircase.create(jnp.sum(chosen[:, least:], axis=1).astype(jnp.int32), chosen.shape[1] - least)
+    options = {"activation": activation, "base": base, "implementation": implementation}
+    return ragged.ragged_prefix_mlp(rows, stairs, up[:, used:], bias[used:], down[used:], **options)
 
 
 # --- Phases of training -------------------------------------------------------------------------------------------

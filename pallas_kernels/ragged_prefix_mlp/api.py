@@ -7,6 +7,8 @@ Shapes: R rows, D features, K units of equal width, U hidden numbers of all unit
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,13 +16,31 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.ragged_prefix_mlp import gpu, tpu, xla
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
+from pallas_kernels.ragged_prefix_mlp.sort import permute
+
+
+def _of_sorted_rows(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel that takes sorted rows, with rows sorted before it and put back behind it, and added to the base."""
+
+    def run(
+        rows: Array, *arguments: Array, places: tuple[Array, Array] | None, base: Array | None, **options: Any
+    ) -> Array:
+        if places is None:
+            out = kernel(rows, *arguments, **options)
+        else:
+            order, inverse = places
+            out = permute(kernel(permute(rows, order, inverse), *arguments, **options), inverse, order)
+        return out if base is None else base + out
+
+    return run
+
 
 _MLP = {
-    "tpu": tpu.ragged_prefix_mlp,
-    "gpu": gpu.ragged_prefix_mlp,
-    "gpu_interpret": functools.partial(gpu.ragged_prefix_mlp, interpret=True),
+    "tpu": _of_sorted_rows(tpu.ragged_prefix_mlp),
+    "gpu": _of_sorted_rows(gpu.ragged_prefix_mlp),
+    "gpu_interpret": _of_sorted_rows(functools.partial(gpu.ragged_prefix_mlp, interpret=True)),
     "xla": xla.ragged_prefix_mlp,
-    "interpret": functools.partial(tpu.ragged_prefix_mlp, interpret=True),
+    "interpret": _of_sorted_rows(functools.partial(tpu.ragged_prefix_mlp, interpret=True)),
 }
 _PROJECTION = {
     "tpu": tpu.ragged_prefix_projection,
@@ -39,6 +59,8 @@ def ragged_prefix_mlp(
     down: Float[Array, "U E"],
     *,
     activation: str = "gelu_tanh",
+    places: tuple[Int[Array, " R"], Int[Array, " R"]] | None = None,
+    base: Float[Array, "R E"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "R E"]:
     """`sum over units k with counts[k] > i of act(rows[i] up_k + bias_k) down_k`, `[R, E]` in the dtype of `rows`.
@@ -47,10 +69,13 @@ def ragged_prefix_mlp(
     float32; the backward pass computes the hidden layer again.
 
     Args:
-      rows: `[R, D]`, those that need most units first; rows past `counts[0]` are not looked at.
+      rows: `[R, D]`, those that need most units first (see `places`); rows past `counts[0]` are not looked at.
       counts: `[K]` rows that each unit runs on, never rising, in 0..R (traced values cannot be checked).
       up, bias, down: weights of all units side by side; unit k is columns `k U / K` to `(k + 1) U / K`.
       activation: "gelu_tanh", "relu", "silu", or "identity" for a map of low rank.
+      places: `(order, inverse)` as `counting_sort` gives them, for rows in any order; the result is then in theirs. None for
+        rows that are sorted.
+      base: `[R, E]` in the dtype of `rows`, what the sum is added to, such as that of units which run on all rows.
       implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. Under several devices
         call it inside a `shard_map`: rows are sorted among those of one device.
 
@@ -64,7 +89,12 @@ def ragged_prefix_mlp(
     if up.shape != (rows.shape[1], down.shape[0]) or bias.shape != down.shape[:1]:
         want = (rows.shape[1], down.shape[0])
         raise ValueError(f"up must be [D, U] = {want} and bias [U]; got {up.shape} and {bias.shape}")
-    return dispatch.call("ragged_prefix_mlp", _MLP, implementation, rows, counts, up, bias, down, activation=activation)
+    if places is not None and any(place.shape != rows.shape[:1] for place in places):
+        raise ValueError(f"places must be two of [R] = {rows.shape[:1]}; got {[place.shape for place in places]}")
+    if base is not None and (base.shape, base.dtype) != ((rows.shape[0], down.shape[1]), rows.dtype):
+        raise ValueError(f"base must be [R, E] in {rows.dtype}; got {base.dtype} {base.shape}")
+    options = {"activation": activation, "places": places, "base": base}
+    return dispatch.call("ragged_prefix_mlp", _MLP, implementation, rows, counts, up, bias, down, **options)
 
 
 def ragged_prefix_projection(

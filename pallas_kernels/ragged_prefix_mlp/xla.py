@@ -16,9 +16,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
+from pallas_kernels.ragged_prefix_mlp.sort import permute
 
-# Few enough rows that little is wasted at the end of a prefix, enough to reuse the weights that a tile reads.
+# Rows of a tile in a loop over one unit.
 _TILE = 128
+# Rows of large and small tiles of the staircase: large ones reuse more of what they read, small ones waste less at the end of a
+# level. Each divides the one before.
+_TILES = (128, 32)
+# How a tile's rows are gathered and put back: their places are in bounds, and no two are the same.
+_EACH_ONCE = {"mode": "promise_in_bounds", "unique_indices": True}
 
 
 def ragged_prefix_mlp(
@@ -29,21 +35,39 @@ def ragged_prefix_mlp(
     down: Float[Array, "U E"],
     *,
     activation: str,
+    places: tuple[Int[Array, " R"], Int[Array, " R"]] | None = None,
+    base: Float[Array, "R E"] | None = None,
 ) -> Float[Array, "R E"]:
-    """Tiles of rows, each with as many units as its first row needs; units that later rows do not need are set to 0."""
+    """Tiles of rows, each with as many units as its first row needs; units that later rows do not need are set to 0.
+
+    Rows in any order are gathered and put back tile by tile, while they are in the cache: no sorted copy is written.
+    """
     if not rows.shape[0]:
         return jnp.zeros((0, down.shape[1]), rows.dtype)
-    return _staircase(activation, rows, counts, up, bias, down)
+    if places is None:
+        places = (jnp.arange(rows.shape[0], dtype=jnp.int32),) * 2
+    if base is None:
+        base = jnp.zeros((rows.shape[0], down.shape[1]), rows.dtype)
+    return _staircase(activation, rows, *places, counts, up, bias, down, base)
 
 
-def _levels(counts: Array, tiles: Callable[[Array], Array]) -> list[tuple[int, Array, Array]]:
-    """`(units, first tile, tile behind the last)` for each number of units that a tile can need, the largest first.
+def _runs(length: int, counts: Array) -> list[tuple[int, int, Array, Array]]:
+    """`(units, tile, first row, number of tiles)` of all that is to do, the rows that need most units first.
 
-    `tiles` gives the number of tiles whose first row lies below a count.
+    A level of rows that need the same units ends where its last small tile does, so the first rows of the next may be done
+    with it. The very first rows, as many as whole tiles leave over, are done with all units: no tile overhangs the last row.
     """
-    units = counts.shape[0]
-    ends = [tiles(counts[unit]) for unit in reversed(range(units))]
-    return list(zip(range(units, 0, -1), [jnp.zeros_like(ends[0]), *ends[:-1]], ends, strict=True))
+    units, grain = counts.shape[0], min(_TILES[-1], length)
+    over = length - (_tiles(length, grain) - 1) * grain
+    ends = over + grain * jnp.maximum(_tiles(counts - over, grain), 0)
+    runs, start = [(units, over, jnp.int32(0), jnp.int32(1))], jnp.int32(over)
+    for unit in reversed(range(units)):
+        for tile in _TILES:
+            if tile < length:
+                number = (ends[unit] - start) // tile
+                runs.append((unit + 1, tile, start, number))
+                start += number * tile
+    return runs
 
 
 def _split(units: int, up: Array, bias: Array, down: Array) -> list[tuple[Array, Array, Array]]:
@@ -63,57 +87,54 @@ def _tile_of(activation: str, counts: Array, weights: list, start: Array, tile: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _staircase(activation, rows, counts, up, bias, down):
-    length = rows.shape[0]
-    tile = min(_TILE, length)
-    # The last tile is moved up to end with the rows: it does some of them twice, and spares a padded copy of all.
-    behind = length - tile
-    levels = _levels(counts, lambda count: jnp.where(count > behind, -(-length // tile), _tiles(count, tile)))
+def _staircase(activation, rows, order, inverse, counts, up, bias, down, base):
+    del inverse
     weights = _split(counts.shape[0], up, bias, down)
-    out = jnp.zeros((length, down.shape[1]), rows.dtype)
-    for units, first, end in levels:
+    out = base
+    for units, tile, first, number in _runs(rows.shape[0], counts):
 
-        def step(index, out, own=weights[:units]):
-            start = jnp.minimum(index * tile, behind)
-            value = _tile_of(activation, counts, own, start, jax.lax.dynamic_slice_in_dim(rows, start, tile))
-            return jax.lax.dynamic_update_slice_in_dim(out, value.astype(out.dtype), start, 0)
+        def step(index, out, own=weights[:units], tile=tile, first=first):
+            start = first + index * tile
+            places = jax.lax.dynamic_slice_in_dim(order, start, tile)
+            value = _tile_of(activation, counts, own, start, rows.at[places].get(**_EACH_ONCE))
+            value += out.at[places].get(**_EACH_ONCE)
+            return out.at[places].set(value.astype(out.dtype), **_EACH_ONCE)
 
-        out = jax.lax.fori_loop(first, end, step, out)
+        out = jax.lax.fori_loop(0, number, step, out)
     return out
 
 
-def _staircase_forward(activation, rows, counts, up, bias, down):
-    return _staircase(activation, rows, counts, up, bias, down), (rows, counts, up, bias, down)
+def _staircase_forward(activation, rows, order, inverse, counts, up, bias, down, base):
+    saved = (rows, order, inverse, counts, up, bias, down)
+    return _staircase(activation, *saved, base), saved
 
 
 def _staircase_backward(activation, saved, moved):
-    """The same loops over padded rows, computing each tile again."""
-    rows, counts, up, bias, down = saved
-    length = rows.shape[0]
-    tile = min(_TILE, length)
-    padding = ((0, -length % tile), (0, 0))
-    padded, moved = jnp.pad(_needed(rows, counts), padding), jnp.pad(moved, padding)
+    """The same loops over sorted copies, computing each tile again."""
+    rows, order, inverse, counts, up, bias, down = saved
+    rows, sorted_moved = _needed(permute(rows, order, inverse), counts), permute(moved, order, inverse)
     weights = _split(counts.shape[0], up, bias, down)
     # Sums over tiles stay in float32, whatever the weights' dtype.
     sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), weights)
-    row_grads = jnp.zeros_like(padded)
-    for units, first, end in _levels(counts, lambda count: _tiles(count, tile)):
+    row_grads = jnp.zeros_like(rows)
+    for units, tile, first, number in _runs(rows.shape[0], counts):
 
-        def step(index, carry, own=weights[:units]):
+        def step(index, carry, own=weights[:units], tile=tile, first=first):
             sums, row_grads = carry
-            start = index * tile
-            part, part_moved = (jax.lax.dynamic_slice_in_dim(leaf, start, tile) for leaf in (padded, moved))
+            start = first + index * tile
+            part, part_moved = (jax.lax.dynamic_slice_in_dim(leaf, start, tile) for leaf in (rows, sorted_moved))
             value, pull = jax.vjp(lambda w, t: _tile_of(activation, counts, w, start, t), own, part)
             grads, row_grad = pull(part_moved.astype(value.dtype))
             sums = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
             return sums, jax.lax.dynamic_update_slice_in_dim(row_grads, row_grad, start, 0)
 
-        used, row_grads = jax.lax.fori_loop(first, end, step, (sums[:units], row_grads))
+        used, row_grads = jax.lax.fori_loop(0, number, step, (sums[:units], row_grads))
         sums = used + sums[units:]
     ups, biases, downs = zip(*sums, strict=True)
     grads = jnp.concatenate(ups, axis=1), jnp.concatenate(biases), jnp.concatenate(downs)
     grads = (grad.astype(leaf.dtype) for grad, leaf in zip(grads, (up, bias, down), strict=True))
-    return row_grads[:length], np.zeros(counts.shape, jax.dtypes.float0), *grads
+    nothing = (np.zeros(leaf.shape, jax.dtypes.float0) for leaf in (order, inverse, counts))
+    return permute(row_grads, inverse, order), *nothing, *grads, moved
 
 
 _staircase.defvjp(_staircase_forward, _staircase_backward)
@@ -165,7 +186,7 @@ def prefix_loop(
     return _prefix_loop(unit, tile, params, padded, jnp.asarray(count, jnp.int32))[:length]
 
 
-def _tiles(count: Array, tile: int) -> Array:
+def _tiles(count: Any, tile: int) -> Any:
     return (count + tile - 1) // tile
 
 

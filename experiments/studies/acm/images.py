@@ -41,7 +41,7 @@ EQUAL_COLUMNS = (
 )
 EQUAL_TITLE = (
     "Accuracy at equal compute, seed by seed: the curve of the other method (its better cheaper settings included, the dense "
-    "model at its end) interpolated at the compute that ACM used; 'not run' below its cheapest setting."
+    "model at its end) interpolated at the compute that ACM used; 'beyond its reach' below its cheapest setting."
 )
 ABLATIONS = {
     "all phases and losses": {},
@@ -99,15 +99,23 @@ def ablation_rows(runs: Runs) -> Iterator[dict[str, Any]]:
     """What each phase, loss and the number of learners is worth, at one target."""
     for name, changes in ABLATIONS.items():
         config = runs.config(**{"model.acm.target": ABLATION_TARGET, **changes})
-        run_name = "ablation-" + name.replace(" ", "_").replace(",", "")
+        run_name = "ablation-" + name.replace(" ", "_").replace(",", "") if changes else f"acm-{ABLATION_TARGET:g}"
 
-        def build(config: Any = config, run_name: str = run_name) -> tuple[Any, Any]:
-            phases = runs.phases(config)
-            params = phases.distilled(runs.teacher(), f"{run_name}-distilled")
-            params = phases.gated(runs.teacher(), params, f"{run_name}-gated")
-            return Acm.from_config(config), phases.tuned(runs.teacher(), params, run_name).state.average
+        def build(config: Any = config, changes: Any = changes, run_name: str = run_name) -> tuple[Any, Any]:
+            params = _before_last_phase(runs, config, changes, run_name)
+            return Acm.from_config(config), runs.phases(config).tuned(runs.teacher(), params, run_name).state.average
 
         yield runs.row("acm", name, config, build, kind="ablation")
+
+
+def _before_last_phase(runs: Runs, config: Any, changes: Mapping[str, Any], run_name: str) -> Any:
+    """Parameters with trained learners and gates: those of the budgets, unless a change concerns an earlier phase."""
+    phases = runs.phases(config)
+    own_learners = not changes.keys().isdisjoint({"model.acm.learners", "model.acm.phases.distill_steps"})
+    if not own_learners and "model.acm.phases.gate_steps" not in changes:
+        return runs.gated()
+    params = phases.distilled(runs.teacher(), f"{run_name}-distilled") if own_learners else runs.distilled()
+    return phases.gated(runs.teacher(), params, f"{run_name}-gated")
 
 
 def noise(images: np.ndarray) -> np.ndarray:

@@ -38,7 +38,9 @@ EQUAL_COLUMNS = (
     tables.Column("its bits per byte at that compute", where_reached("reached"), 3),
     tables.Column("acm lower by", where_reached("gain"), 3),
 )
-EQUAL_TITLE = "Bits per byte at equal compute, interpolated seed by seed; 'not run' below the other's cheapest setting."
+EQUAL_TITLE = (
+    "Bits per byte at equal compute, interpolated seed by seed; 'beyond its reach' below the other's cheapest setting."
+)
 
 
 def token_exits(runs: Runs, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

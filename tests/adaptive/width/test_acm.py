@@ -63,6 +63,13 @@ def test_masked_and_skipping_forms_are_the_chosen_prefixes(need):
         np.testing.assert_allclose(run(form)(one_hot(need)), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("least", [1, LEARNERS])
+def test_learners_that_every_row_has_run_with_the_others(least):
+    need = one_hot(np.random.default_rng(1).integers(least, LEARNERS + 1, 11))
+    form = jax.jit(lambda need: acm.skipping(ROWS, acm.units(need, LEARNERS), *WEIGHTS, activation="relu", least=least))
+    np.testing.assert_allclose(form(need), run("masked")(need), atol=1e-5)
+
+
 def test_no_learner_gives_exactly_nothing():
     for form in ("masked", "skipping"):
         np.testing.assert_array_equal(run(form)(one_hot([0] * 11)), 0)

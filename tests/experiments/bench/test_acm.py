@@ -11,7 +11,7 @@ from experiments.bench import acm
 
 def test_it_prints_rows_whose_gates_give_the_asked_share(monkeypatch, capsys):
     monkeypatch.setitem(acm.SHAPES, "tiny", (32, 1, 2, 64))
-    assert bench.main(["acm", "--variant=tiny", "--batch=2", "--tokens=40", "--repeats=1", "--share=0.5"]) == 0
+    assert bench.main(["acm", "--variant=tiny", "--batch=2", "--tokens=16", "--repeats=1", "--share=0.5"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["part"] for row in rows] == ["mlp", "projections", "mlp+projections"]
     for row in rows:

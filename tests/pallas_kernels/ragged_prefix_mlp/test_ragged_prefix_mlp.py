@@ -20,6 +20,7 @@ from pallas_kernels.ragged_prefix_mlp import (
     reference,
     specs,
     tpu,
+    xla,
 )
 from tests.pallas_kernels import tpu_compiler
 
@@ -151,6 +152,58 @@ def test_the_gpu_kernel_says_what_it_cannot_take():
         ragged_prefix_mlp(*given_params, *weights, implementation="gpu")
 
 
+def test_the_loops_have_tiles_of_both_sizes(monkeypatch):
+    monkeypatch.setattr(xla, "_TILES", (8, 2))
+    fresh = runner.__wrapped__("xla", "mlp")
+    for counts in ([21, 12], [19, 19], [14, 0]):
+        got, want = fresh(jnp.array(counts), **params()), run(None, "mlp", counts)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5, err_msg=f"{counts} {name}")
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts=st.lists(st.integers(0, 700), min_size=3, max_size=3), length=st.sampled_from((20, 32, 33, 700)))
+@example(counts=[700, 129, 128], length=700)
+def test_loops_cover_every_row_with_its_units_and_little_more(counts, length):
+    counts = sorted((min(count, length) for count in counts), reverse=True)
+    done = np.zeros(length, int)
+    end = 0
+    for units, tile, first, number in jax.tree.map(int, xla._runs(length, jnp.array(counts))):
+        assert number == 0 or (first == end and end + number * tile <= length)
+        done[first : first + number * tile] = units
+        end += number * tile
+    need = (np.arange(length)[:, None] < np.array(counts)).sum(axis=1)
+    assert (done >= need).all()
+    # Each unit does less than a small tile too much, besides the first rows, which it may do in vain.
+    small = xla._TILES[-1]
+    assert (done - need)[length % small or small :].sum() < small * len(counts)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_in_any_order_stay_where_they_are_and_are_added_to_a_base(implementation):
+    need = jnp.asarray(np.random.default_rng(2).integers(0, 3, ROWS))
+    order, inverse, counts = counting_sort(need, 2)
+    own_params = params() | {"base": jnp.asarray(np.random.default_rng(3).normal(size=(ROWS, OUTPUTS)), jnp.float32)}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(who, own):
+        def total(own):
+            rows = own["rows"] if who else own["rows"][order]
+            arguments = (rows, counts, own["up"], own["bias"], own["down"])
+            if who:
+                options = {"places": (order, inverse), "base": own["base"], "implementation": who}
+                out = ragged_prefix_mlp(*arguments, **options)
+            else:
+                out = own["base"] + reference.ragged_prefix_mlp(*arguments, activation="gelu_tanh")[inverse]
+            return jnp.sum(out * moved()), out
+
+        return jax.grad(total, has_aux=True)(own)
+
+    got, want = gradients(implementation, own_params), gradients(None, own_params)
+    for first, second in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
 def test_steps_without_work_are_the_last_of_their_tile():
     limits = jnp.repeat(jnp.array([21, 10, 8, 0]), 256)
     np.testing.assert_array_equal(tpu._live_blocks(limits, 8, 128, 21), [6, 4, 2])
@@ -240,6 +293,10 @@ def test_shapes_that_do_not_fit_are_refused(position, shape, message):
     arguments[position] = jax.ShapeDtypeStruct(shape, arguments[position].dtype)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(ragged_prefix_mlp, *arguments)
+    with pytest.raises(ValueError, match=r"places must be two of \[R\] = \(21,\); got \[\(21,\), \(20,\)\]"):
+        jax.eval_shape(lambda *own: ragged_prefix_mlp(*own, places=(jnp.zeros(21), jnp.zeros(20))), *shapes())
+    with pytest.raises(ValueError, match=r"base must be \[R, E\] in float32; got float32 \(21, 6\)"):
+        jax.eval_shape(lambda *own: ragged_prefix_mlp(*own, base=jnp.zeros((ROWS, OUTPUTS - 1))), *shapes())
     with pytest.raises(ValueError, match="activation='tanh' is not one of"):
         jax.eval_shape(functools.partial(ragged_prefix_mlp, activation="tanh"), *shapes())
 

@@ -11,6 +11,7 @@ from etils import epath
 from flax.core import meta
 from PIL import Image
 
+from adaptive.rates.schedules import Schedule
 from experiments.bench.diffrate import schedule_of
 from experiments.studies.diffrate import published
 from experiments.studies.study import Context
@@ -60,19 +61,19 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield str(index), {"image": file, "label": index, "file_name": f"{index}.png"}
 
 
-def _write_checkpoint(directory):
-    """A DeiT-Ti in all but its width."""
-    model = ViT(16, 8, 12, 2, 16, num_classes=1000)
-    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32)))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"])
-    hf.save(directory, model, {"params": params})
+TINY = ViT(16, 8, 2, 2, 16, num_classes=1000, image_size=(48, 48))
 
 
 def test_images_and_a_checkpoint_fill_the_rows_of_its_family(tmp_path, monkeypatch):
+    # The names of published schedules, for a model of two layers and ten tokens.
+    monkeypatch.setattr(published, "SCHEDULES", dict.fromkeys(("DeiT-Ti 0.8", "DeiT-S 2.9"), Schedule((9, 4), (7, 3))))
+    monkeypatch.setattr(published, "model_of", lambda name: TINY)
     monkeypatch.setattr(published, "EVALUATION_BATCH", 8)
     Imagenet2012(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
-    _write_checkpoint(tmp_path / "checkpoints" / "deit-tiny-patch16-224")
+    shapes = meta.unbox(jax.eval_shape(TINY.init, jax.random.key(0), np.zeros((1, 48, 48, 3), np.float32)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"])
+    hf.save(tmp_path / "checkpoints" / "deit-tiny-patch16-224", TINY, {"params": params})
     folders = {"imagenet": str(tmp_path / "tfds"), "imagenet_checkpoints": str(tmp_path / "checkpoints")}
     places = [epath.Path(tmp_path) / name for name in ("results", "runs")]
     said = []

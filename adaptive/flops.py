@@ -94,7 +94,11 @@ def merge_macs(tokens: float, slots: float, width: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class ViTSpec:
-    """Sizes of a vision transformer; see `layers.vit.ViT` for the names."""
+    """Sizes of a vision transformer; see `layers.vit.ViT` for the names.
+
+    Attributes:
+      stem: channels of 3 x 3 convolutions of stride 2 that make the tokens.
+    """
 
     patch_size: int
     width: int
@@ -107,6 +111,7 @@ class ViTSpec:
     inner: int | None = None
     distillation_token: bool = False
     last_layer_fusion: bool = False
+    stem: tuple[int, ...] = ()
 
     @property
     def patches(self) -> int:
@@ -142,11 +147,21 @@ class ViTSpec:
             before, counts = (*before[:-1], self.tokens), (*counts[:-1], self.tokens)
         hidden = counts if place == "between" else before
         return {
-            "embed": batch * linear_macs(self.patches, self.patch_size**2 * self.channels, self.width),
+            "embed": batch * self._embed_macs(),
             "attention": batch * sum(attention_macs(n, n, self.width, inner) for n in before),
             "mlp": batch * sum(mlp_macs(n, self.width, self.mlp_dim) for n in hidden),
             "head": batch * linear_macs(1 + self.distillation_token, self.width, self.num_classes),
         }
+
+    def _embed_macs(self) -> float:
+        if not self.stem:
+            return linear_macs(self.patches, self.patch_size**2 * self.channels, self.width)
+        places, inputs, total = self.image_size[0] * self.image_size[1], self.channels, 0.0
+        for channels in self.stem:
+            places //= 4
+            total += linear_macs(places, 9 * inputs, channels)
+            inputs = channels
+        return total + linear_macs(self.patches, inputs, self.width)
 
 
 @dataclasses.dataclass(frozen=True)

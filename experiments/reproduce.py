@@ -12,6 +12,8 @@ accelerator. Starting the same command again continues: runs resume from their c
 `--data NAME=FOLDER` gives a study data that are not embedded; without them its tables say "not run".
   text     files LANG_*.txt.gz with text in several languages (mrt5)
   cifar10  a folder of TensorFlow Datasets that holds cifar10 in array_record form (diffrate, acm)
+  imagenet a folder of TensorFlow Datasets that holds imagenet2012 in array_record form (diffrate)
+  imagenet_checkpoints  a folder of checkpoints with config.json and safetensors, one folder each (diffrate)
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from experiments.studies.study import Context
 from experiments.train import Interrupted, quiet_logs
 
 SUITES = ("headline", "quick", "full")
-DATA = ("text", "cifar10")
+DATA = ("text", "cifar10", "imagenet", "imagenet_checkpoints")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,8 +71,6 @@ class Objective:
             raise ValueError("the calibration set is empty; give it at least one batch")
         if not model.has_class_token:
             raise ValueError("the objective sorts tokens by class attention: the model needs a class token")
-        if not 0.0 <= pruned <= 1.0:
-            raise ValueError(f"pruned={pruned} is the share of removed tokens that is pruned, in [0, 1]")
         self._hook = LearnedRates(model.depth, model.num_tokens - 1, granularity=1, first=0)
         self._task = Classification(model.clone(hooks=(self._hook,)))
         self._step = jax.jit(functools.partial(self._task.eval_step, extra={}))
@@ -94,9 +92,7 @@ class Objective:
         """What is pruned and merged so that `counts` tokens are left."""
         model = self._task.model
         counts = Schedule.of_counts(counts).check(model.depth, model.num_tokens).counts
-        before = (model.num_tokens, *counts[:-1])
-        prune = (n - round(self.pruned * (n - m)) for n, m in zip(before, counts, strict=True))
-        return Schedule(tuple(prune), counts)
+        return Schedule.split(counts, model.num_tokens, self.pruned)
 
     def __call__(self, counts: Sequence[int], share: float = 1.0) -> float:
         """The loss of `counts` on the first `share` of the calibration set, at least one batch.

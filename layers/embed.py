@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from layers.linear import Initializer, Linear
+from layers.norms import LayerNorm
 
 
 class PatchEmbed(nn.Module):
@@ -44,6 +45,43 @@ class PatchEmbed(nn.Module):
             kernel_init=self.kernel_init,
             name="projection",
         )(patches)
+
+
+class ConvStem(nn.Module):
+    """Images `[B, y, x, c]` to tokens `[B, h w, D]`, row by row: 3 x 3 convolutions of stride 2, then a linear map.
+
+    Attributes:
+      channels: of each convolution; n of them give patches of `2 ** n` pixels a side.
+      width: D.
+
+    Source: Xiao et al. 2021, "Early convolutions help transformers see better".
+    Differs: each convolution is followed by a layer norm over its channels, not by a batch norm.
+    """
+
+    channels: tuple[int, ...]
+    width: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B y x c"]) -> Float[Array, "B N D"]:
+        """Raises ValueError when the image is not a whole number of patches."""
+        size = 2 ** len(self.channels)
+        if pixels.ndim != 4 or pixels.shape[1] % size or pixels.shape[2] % size:
+            raise ValueError(
+                f"pixels must be [B, height, width, channels] with sides divisible by {size}, as {len(self.channels)} "
+                f"convolutions halve them; got {pixels.shape}"
+            )
+        common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        init = nn.with_logical_partitioning(nn.initializers.he_normal(), (None, None, None, "embed"))
+        x = pixels.astype(self.dtype)
+        for index, channels in enumerate(self.channels):
+            x = nn.Conv(
+                channels, (3, 3), strides=2, use_bias=False, kernel_init=init, name=f"convolution_{index}", **common
+            )(x)
+            x = nn.relu(LayerNorm(name=f"norm_{index}", **common)(x))
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return Linear((self.width,), ("patch", "embed"), name="projection", **common)(x)
 
 
 def patchify(pixels: Float[Array, "B y x c"], size: int) -> Float[Array, "B N C"]:

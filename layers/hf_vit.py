@@ -156,6 +156,7 @@ def _check_expressible(module: ViT) -> None:
     wrong = {
         f"pool={module.pool!r} with classes": module.pool != "cls" and module.num_classes > 0,
         f"positions={module.positions!r}": module.positions != "learned",
+        f"stem={module.stem}": bool(module.stem),
         "no class token": not module.has_class_token,
         f"representation={module.representation} with classes": module.representation is not None
         and module.num_classes > 0,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,11 @@ class LearnedRates(nn.Module):
       layers: L of the backbone; patches: P.
       granularity: patches between two candidates.
       first, last: layers at the beginning and at the end that compress nothing (DeiT: 1 and 0, MAE: 1 and 1).
+      start: schedule that the rates start around (`proxy.logits_around`); None starts with every number as likely.
 
-    Source: Chen et al. 2023 (DiffRate); logits start at 0, so that every number is as likely.
+    Source: Chen et al. 2023 (DiffRate); logits start at 0.
+    Differs: may start around a schedule. From zeros the first layer that compresses takes the whole budget, and few steps do
+      not bring tokens back to it.
     """
 
     layers: int
@@ -33,6 +38,7 @@ class LearnedRates(nn.Module):
     granularity: int = 4
     first: int = 1
     last: int = 0
+    start: Schedule | None = None
     place: str = "between"
     signals: tuple[str, ...] = ("cls_attention",)
 
@@ -54,12 +60,19 @@ class LearnedRates(nn.Module):
     @nn.compact
     def __call__(self, tokens: TokenSet, signals: Signals) -> masked.MaskedReduction:
         """The masked reduction of `tokens [B, N, D]` at `signals.layer`."""
-        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("layers", None, "gate"))
+        init = nn.with_logical_partitioning(self._initial, ("layers", None, "gate"))
         logits = self.param("logits", init, (self.layers, 2, len(self.choices)), jnp.float32)[signals.layer]
         kept = jax.lax.stop_gradient(proxy.kept_tokens(logits, self.choices))
         masks = proxy.keep_mask(logits, self.choices, tokens.mass.shape[1])
         order = [proxy.PRUNE, proxy.MERGE]
         return masked.prune_then_merge(tokens, signals, *(kept[i] for i in order), *(masks[i] for i in order))
+
+    def _initial(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        if self.start is None:
+            return jnp.zeros(shape, dtype)
+        whole = self.start.check(self.layers, self.patches + 1)
+        kept = tuple(zip(whole.prune, whole.merge, strict=True))
+        return jnp.asarray(proxy.logits_around(kept, self.choices), dtype)
 
     def schedule(self, logits: Float[Array, "L 2 G"]) -> Schedule:
         """The static numbers of trained `logits` (on the host, not under jit)."""

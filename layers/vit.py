@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from adaptive import flops
 from adaptive.tokens import DenseReduction, Reduction, Signals, TokenSet
 from layers.attention import SIGNALS, Attention
-from layers.embed import LearnedPositions, PatchEmbed, grid_coords, sincos_2d
+from layers.embed import ConvStem, LearnedPositions, PatchEmbed, grid_coords, sincos_2d
 from layers.hooks import PLACES, Hook, LearnedHook, Reduce, follow
 from layers.learned_rates import LearnedRates
 from layers.linear import Linear
@@ -127,6 +127,8 @@ class ViT(nn.Module):
       pool: "cls" (the class token) or "mean" (of patch tokens, each counted by its mass).
       class_token: whether there is one; None for only with pool="cls".
       positions: "learned" or "sincos2d".
+      stem: channels of convolutions that make the tokens, as many as halve p to 1 (`layers.embed.ConvStem`); empty for one
+        linear map of the pixels of a patch.
       distillation_token: slot 1 is a distillation token with a classifier of its own, and logits are the mean of both (DeiT at
         inference). Reductions protect slot 0 alone, so that such a model takes none.
       representation: width of a tanh layer before the head; None for none.
@@ -152,6 +154,7 @@ class ViT(nn.Module):
     pool: str = "cls"
     class_token: bool | None = None
     positions: str = "learned"
+    stem: tuple[int, ...] = ()
     distillation_token: bool = False
     representation: int | None = None
     hooks: tuple[Hook, ...] = ()
@@ -211,6 +214,7 @@ class ViT(nn.Module):
             cls_token=self.has_class_token,
             distillation_token=self.distillation_token,
             last_layer_fusion=self.last_layer_fusion,
+            stem=self.stem,
         )
 
     @nn.compact
@@ -259,6 +263,11 @@ class ViT(nn.Module):
                 f"pixel_values must be [B, height, width, channels] = [B, {self.image_size[0]}, {self.image_size[1]}, "
                 f"{self.channels}]; got {pixels.shape}. Resize the images, or set image_size and channels."
             )
+        if self.stem and 2 ** len(self.stem) != self.patch_size:
+            raise ValueError(
+                f"a stem of {len(self.stem)} convolutions of stride 2 makes patches of {2 ** len(self.stem)} pixels; "
+                f"patch_size={self.patch_size}"
+            )
         if self.pool not in ("cls", "mean") or self.positions not in ("learned", "sincos2d"):
             raise ValueError(
                 f"pool is 'cls' or 'mean' and positions 'learned' or 'sincos2d'; got {self.pool!r} and {self.positions!r}"
@@ -305,7 +314,10 @@ class ViT(nn.Module):
     def _embed(self, pixels: Array, token_mask: Array | None, deterministic: bool) -> TokenSet:
         """Patches, class token and positions as a token set."""
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = PatchEmbed(self.patch_size, self.width, name="patch_embed", **common)(pixels)
+        if self.stem:
+            x = ConvStem(self.stem, self.width, name="patch_embed", **common)(pixels)
+        else:
+            x = PatchEmbed(self.patch_size, self.width, name="patch_embed", **common)(pixels)
         batch, (_, height, width) = x.shape[0], self.grid
         coords = grid_coords(height, width)
         if self.positions == "sincos2d":

@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from adaptive.rates.schedules import Schedule
@@ -55,6 +56,26 @@ def candidates(patches: int, granularity: int = 4) -> tuple[int, ...]:
     if patches < 1 or not 1 <= granularity <= patches:
         raise ValueError(f"the granularity must lie in 1..{patches} (the patches of an image); got {granularity}")
     return tuple(range(patches, 0, -granularity))
+
+
+def logits_around(kept: Sequence[Sequence[int]], choices: Sequence[int]) -> Float[np.ndarray, "L 2 G"]:
+    """Logits whose belief is a bell around given numbers of kept tokens.
+
+    It is 0.15 of the number wide, but at most half of the way to all patches and at least 1 patch.
+
+    Args:
+      kept: tokens left at each layer by pruning and by merging, the class token included: L pairs.
+      choices: of `candidates`; where the bell is cut off at their ends its mean moves inwards.
+
+    Raises:
+      ValueError: a number outside the candidates.
+    """
+    patches = np.asarray(kept, np.float32)[..., None] - 1
+    if patches.min() < min(choices) or patches.max() > max(choices):
+        raise ValueError(f"kept tokens must lie in {min(choices) + 1}..{max(choices) + 1}; got {kept}")
+    width = np.maximum(np.minimum(0.15 * patches, 0.5 * (max(choices) - patches)), 1.0)
+    away = (patches - np.asarray(choices)) / width
+    return -0.5 * away**2
 
 
 def kept_tokens(logits: Float[Array, "... G"], choices: Sequence[int]) -> Float[Array, "..."]:

@@ -41,6 +41,19 @@ class Schedule:
         """A schedule of one operation: `counts` tokens after each layer, however they come about."""
         return cls(tuple(counts), tuple(counts))
 
+    @classmethod
+    def split(cls, counts: Sequence[int], tokens: int, pruned: float) -> Schedule:
+        """`counts` tokens after each layer of a model of `tokens`; of those that go, the share `pruned` is pruned.
+
+        Raises:
+          ValueError: a share outside [0, 1].
+        """
+        if not 0.0 <= pruned <= 1.0:
+            raise ValueError(f"pruned={pruned} is the share of removed tokens that is pruned, in [0, 1]")
+        before = (tokens, *counts[:-1])
+        prune = (n - round(pruned * (n - m)) for n, m in zip(before, counts, strict=True))
+        return cls(tuple(prune), tuple(counts))
+
     def on(self, tokens: int) -> Schedule:
         """The same for a model of `tokens`: numbers that exceed what is there are replaced by it."""
         prune, merge, now = [], [], tokens

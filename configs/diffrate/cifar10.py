@@ -27,12 +27,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict(
         dict(
             patch_size=4,
-            width=48,
+            stem=(32, 64),
+            width=64,
             depth=6,
             heads=2,
-            mlp_dim=96,
+            mlp_dim=128,
             num_classes=10,
             pool="cls",
+            positions="sincos2d",
             activation="relu",
             reduction=reduction_section(),
         )
@@ -48,20 +50,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
             crop_padding=2,
         )
     )
-    config.steps = 2_000
+    config.steps = 7_000
     config.batch_size = 64
-    config.optimizer.peak = 3e-3
-    config.optimizer.warmup = 100
+    config.optimizer.peak = 2e-3
+    config.optimizer.warmup = 200
     config.optimizer.weight_decay = 0.05
     config.eval.every = 0
     config.checkpoint.every = 500
     if given.rates:
-        # A first layer that stays whole would be a sixth of so shallow a model.
-        config.model.rates = ConfigDict(rates_section(target=given.target, first=0, price=given.price))
-        config.steps = 150
+        # A first layer that stays whole would be a sixth of so shallow a model. A hundred steps do not lead far from where
+        # they start, so they start at a schedule that is good already.
+        config.model.rates = ConfigDict(
+            rates_section(
+                target=given.target, first=0, price=given.price, weight=400.0, start="uniform", start_pruned=0.1
+            )
+        )
+        config.steps = 100
         config.batch_size = 32
-        config.optimizer.update(dict(peak=0.08, end=0.1, warmup=0, weight_decay=0.0))
-        config.eval.every, config.checkpoint.every = 0, 150
+        config.optimizer.update(dict(peak=0.2, end=0.1, warmup=0, weight_decay=0.0))
+        config.eval.every, config.checkpoint.every = 0, 100
     if given.runlocal:
         config.model.update(dict(width=32, depth=3, heads=2, mlp_dim=64))
         # The budget that three layers can meet.

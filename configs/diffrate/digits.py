@@ -47,11 +47,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.every = 500
     config.checkpoint.every = 250
     if given.rates:
-        # A first layer that stays whole would be a sixth of so shallow a model.
-        config.model.rates = ConfigDict(rates_section(target=given.target, first=0, price=given.price))
-        config.steps = 150
-        config.optimizer.update(dict(peak=0.08, end=0.1, warmup=0, weight_decay=0.0))
-        config.eval.every, config.checkpoint.every = 0, 150
+        # A first layer that stays whole would be a sixth of so shallow a model. A hundred steps do not lead far from where
+        # they start, so they start at a schedule that is good already.
+        config.model.rates = ConfigDict(
+            rates_section(target=given.target, first=0, price=given.price, weight=400.0, start="uniform")
+        )
+        config.steps = 100
+        config.optimizer.update(dict(peak=0.2, end=0.1, warmup=0, weight_decay=0.0))
+        config.eval.every, config.checkpoint.every = 0, 100
     if given.runlocal:
         config.model.update(dict(width=32, depth=3, heads=2, mlp_dim=64))
         # The budget that three layers can meet.

@@ -17,9 +17,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from adaptive.rates.schedules import Schedule, Space, cost_of
 from experiments.bench import vit
-from experiments.studies.diffrate.shapes import schedule_of
 from layers.learned_rates import as_reduce
+from layers.vit import ViT
 
 _PEER = pathlib.Path(__file__).parents[1] / "peers" / "torch_tome.py"
 
@@ -34,6 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer-python", default=sys.executable, help="interpreter that has PyTorch (default: this one)"
     )
+
+
+def schedule_of(model: ViT, budget: float) -> Schedule:
+    """Half of what goes is pruned, half merged, about as many at every layer but the first.
+
+    Raises:
+      ValueError: no schedule meets the share `budget` of the dense multiply-adds.
+    """
+    cost = cost_of(model.spec())
+    space = Space(model.depth, model.num_tokens, cost, budget * cost((model.num_tokens,) * model.depth))
+    return Schedule.split(space.linear(), model.num_tokens, pruned=0.5)
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -101,8 +101,13 @@ class Context:
     @staticmethod
     def config(name: str, arg: str = "") -> ConfigDict:
         """The config `configs/NAME:ARG`."""
-        path = epath.Path(__file__).parents[2] / "configs" / name
+        path = Context.config_path(name)
         return load(f"{path}:{arg}" if arg else str(path))
+
+    @staticmethod
+    def config_path(name: str) -> epath.Path:
+        """Where the config `configs/NAME` lies."""
+        return epath.Path(__file__).parents[2] / "configs" / name
 
     @property
     def receipts(self) -> tuple[tables.Column, ...]:

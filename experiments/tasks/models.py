@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from adaptive import budgets, registry
-from adaptive.rates.schedules import Schedule
+from adaptive.rates.schedules import Schedule, Space, cost_of
 from layers.cropr import Cropr
 from layers.decoder_lm import DecoderLM
 from layers.duo_lm import DuoLM
@@ -41,8 +41,18 @@ REDUCTION = {
 LEARNED = {"cropr": Cropr}
 
 # Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two candidates,
-# the layers at both ends that stay whole, and whom the price of tokens goes to.
-RATES = {"target": 0.6, "weight": 100.0, "granularity": 1, "first": 1, "last": 0, "price": "both"}
+# the layers at both ends that stay whole, whom the price of tokens goes to; `start="uniform"` starts at the uniform schedule of
+# the target, of whose removed tokens the share `start_pruned` is pruned ("": every number is as likely, as published).
+RATES = {
+    "target": 0.6,
+    "weight": 100.0,
+    "granularity": 1,
+    "first": 1,
+    "last": 0,
+    "price": "both",
+    "start": "",
+    "start_pruned": 0.5,
+}
 
 # Attributes that are set elsewhere: by the task, by Flax, or for training alone (`config.model.deletion`).
 NOT_OF_A_SECTION = {
@@ -153,7 +163,21 @@ def _learned_rates(model: ViT, section: Mapping[str, Any]) -> LearnedRates:
     check_keys("model.rates", section["rates"], RATES)
     rates = {**RATES, **section["rates"]}
     patches = model.num_tokens - model.has_class_token
-    return LearnedRates(model.depth, patches, rates["granularity"], rates["first"], rates["last"])
+    start = _start(model, rates)
+    return LearnedRates(model.depth, patches, rates["granularity"], rates["first"], rates["last"], start)
+
+
+def _start(model: ViT, rates: Mapping[str, Any]) -> Schedule | None:
+    """The schedule that rates start around."""
+    if rates["start"] not in ("", "uniform"):
+        raise ValueError(f"config.model.rates.start={rates['start']!r} is neither 'uniform' nor empty")
+    if not rates["start"]:
+        return None
+    cost, whole = cost_of(model.spec()), (model.num_tokens,) * model.depth
+    space = Space(
+        model.depth, model.num_tokens, cost, rates["target"] * cost(whole), first=rates["first"], halving=True
+    )
+    return Schedule.split(space.linear(), model.num_tokens, rates["start_pruned"])
 
 
 def with_reduction(model: ViT, reduction: Mapping[str, Any]) -> ViT:

@@ -37,6 +37,11 @@ def test_blocks_of_a_tiny_vit_by_hand():
     assert count.macs == sum(count.blocks.values()) and count.flops == 2 * count.macs
 
 
+def test_a_stem_costs_its_convolutions_and_a_linear_map():
+    spec = flops.ViTSpec(4, 8, depth=1, mlp_dim=10, num_classes=5, image_size=(12, 8), channels=1, stem=(3, 5))
+    assert spec.macs(batch=2)["embed"] == 2 * (6 * 4 * 9 * 3 + 3 * 2 * 9 * 3 * 5 + 6 * 5 * 8)
+
+
 def test_a_reduction_between_attention_and_mlp_saves_its_own_mlp_and_one_after_the_block_does_not():
     spec = flops.ViTSpec(4, 8, depth=2, mlp_dim=10, num_classes=0, image_size=(12, 8), cls_token=False)
     between, after = (flops.count(spec, counts=(4, 3), place=place).blocks for place in ("between", "after"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.embed import LearnedPositions, PatchEmbed, TokenEmbed, grid_coords, patchify, sincos_2d
+from layers.embed import ConvStem, LearnedPositions, PatchEmbed, TokenEmbed, grid_coords, patchify, sincos_2d
 
 
 def test_patches_are_embedded_as_by_a_strided_convolution():
@@ -72,3 +72,27 @@ def test_token_embedding_looks_up_and_scores_with_one_table():
     assert half.apply(variables, x, method="attend").dtype == jnp.float32
     with pytest.raises(TypeError, match="must be integers; got float32"):
         layer.apply(variables, np.zeros((1, 3), np.float32))
+
+
+def test_a_stem_is_its_convolutions_norms_and_a_linear_map():
+    pixels = np.random.default_rng(0).normal(size=(2, 8, 12, 3)).astype(np.float32)
+    layer = ConvStem((4, 6), 5)
+    params = nn.unbox(layer.init(jax.random.key(0), pixels))["params"]
+    x = pixels
+    for index in range(2):
+        # The window of output (i, j) begins at (2 i, 2 j): with stride 2 the padding lies behind.
+        padded = np.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+        rows, columns = x.shape[1] // 2, x.shape[2] // 2
+        kernel = np.asarray(params[f"convolution_{index}"]["kernel"])
+        y = sum(
+            padded[:, a : a + 2 * rows : 2, b : b + 2 * columns : 2] @ kernel[a, b] for a in range(3) for b in range(3)
+        )
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-6)
+        x = np.maximum(y, 0)
+    want = x.reshape(2, 6, 6) @ np.asarray(params["projection"]["kernel"])
+    np.testing.assert_allclose(jax.jit(layer.apply)({"params": params}, pixels), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stem_refuses_images_that_it_cannot_halve():
+    with pytest.raises(ValueError, match="sides divisible by 4, as 2 convolutions"):
+        ConvStem((4, 6), 5).init(jax.random.key(0), jnp.zeros((1, 8, 10, 3)))

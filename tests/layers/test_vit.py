@@ -286,6 +286,7 @@ def test_random_pruning_draws_from_its_own_stream():
         (DENSE.clone(pool="max"), "pool is 'cls' or 'mean'.*'max'"),
         (DENSE.clone(positions="sincos"), "'learned' or 'sincos2d'.*'sincos'"),
         (DENSE.clone(class_token=False), "pool='cls' needs a class token"),
+        (DENSE.clone(stem=(8,)), f"makes patches of 2 pixels; patch_size={DENSE.patch_size}"),
     ],
 )
 def test_what_cannot_be_is_refused_at_trace_time(model, message):

@@ -19,8 +19,11 @@ from experiments.studies.study import Context
 _DIGITS = dict(config="diffrate/digits.py")
 _CIFAR = dict(config="diffrate/cifar10.py", folder="cifar10")
 
+# The smallest is about the least that methods reach which can only halve the tokens of a layer.
+_BUDGETS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.33)
+
 # `budgets`: shares of the dense multiply-adds; `search`: at one of them. `batches` of 64 test images are evaluated; 0: all.
-# `repeats` of timed steps; 0 times none.
+# `repeats` of timed steps; 0 times none. `seeds` of a set stand in for those of the suite.
 SUITES: dict[str, dict[str, Any]] = {
     "headline": dict(
         seeds=(0,),
@@ -38,38 +41,41 @@ SUITES: dict[str, dict[str, Any]] = {
                 search=dict(budget=0.5, trials=16, examples=256, methods=("evopress",)),
             )
         },
-        shapes=(),
+        shapes={},
     ),
     "quick": dict(
         seeds=(0, 1, 2),
+        tuned_seeds=(0,),
         batches=32,
         repeats=0,
         sets={
-            "digits": dict(
-                **_DIGITS,
-                base={},
-                learn={},
-                tune={"steps": 60, "optimizer.peak": 5e-4, "optimizer.warmup": 5, "eval.every": 0},
-                budgets=(0.7, 0.5),
-                tuned_budgets=(),
-                baselines=compare.BASELINES,
-                search=dict(budget=0.5, trials=16, examples=128, methods=compare.SEARCHES),
-            ),
             "cifar10": dict(
                 **_CIFAR,
                 base={},
                 learn={},
-                tune={"steps": 60, "optimizer.peak": 5e-4, "optimizer.warmup": 5},
-                budgets=(0.7, 0.5),
-                tuned_budgets=(),
+                tune={"steps": 30, "optimizer.peak": 3e-4, "optimizer.warmup": 3},
+                budgets=_BUDGETS,
+                tuned_budgets=(0.7, 0.5, 0.33),
+                baselines=compare.BASELINES,
+                search=dict(budget=0.4, trials=16, examples=256, methods=compare.SEARCHES),
+            ),
+            "digits": dict(
+                **_DIGITS,
+                base={},
+                learn={},
+                tune={"steps": 30, "optimizer.peak": 5e-4, "optimizer.warmup": 3, "eval.every": 0},
+                seeds=(0,),
+                budgets=_BUDGETS,
+                tuned_budgets=(0.5,),
                 baselines=compare.BASELINES,
                 search=dict(budget=0.5, trials=16, examples=128, methods=compare.SEARCHES),
             ),
         },
-        shapes=(("B/16", (1, 4)),),
+        shapes=dict(batches={"B/16": (1, 8), "L/16": (1, 2), "H/14": (1,)}, repeats=3),
     ),
     "full": dict(
         seeds=(0, 1, 2),
+        tuned_seeds=(0, 1, 2),
         batches=0,
         repeats=15,
         sets={
@@ -87,14 +93,14 @@ SUITES: dict[str, dict[str, Any]] = {
                 },
                 learn={"steps": 600, "batch_size": 256, "optimizer.peak": 0.01, "optimizer.warmup": 0},
                 tune={"steps": 2_000, "optimizer.peak": 1e-4, "optimizer.warmup": 100},
-                budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
-                tuned_budgets=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+                budgets=_BUDGETS,
+                tuned_budgets=_BUDGETS,
                 baselines=compare.BASELINES,
                 search=dict(budget=0.5, trials=200, examples=2_048, methods=compare.SEARCHES),
             )
-            for name, kind in (("digits", _DIGITS), ("cifar10", _CIFAR))
+            for name, kind in (("cifar10", _CIFAR), ("digits", _DIGITS))
         },
-        shapes=(("B/16", (8, 64)), ("L/16", (8, 64)), ("H/14", (8, 64))),
+        shapes=dict(batches=dict.fromkeys(shapes.SHAPES, (1, 8, 64)), repeats=15),
     ),
 }
 
@@ -113,5 +119,5 @@ def run(context: Context) -> None:
         chosen = {**settings, "data": {"data.data_dir": folder} if folder else {}}
         made += compare.run(Runs(context, name, chosen))
     made += shapes.run(context)
-    published.run(context)
+    made += published.run(context)
     context.rows.keep(dict.fromkeys(made))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from experiments.studies.diffrate.runs import Runs, Setup
 from layers.learned_rates import as_reduce
 
 BASELINES = ("tome", "diffrate", "dpc_knn", "ficoco_v", "evit", "class_attention")
-TUNED = ("tome", "class_attention")
+# Cropr's queries are trained, so it stands among the tuned ones alone.
+TUNED = ("tome", "dpc_knn", "ficoco_v", "cropr", "class_attention")
 SEARCHES = search.METHODS
 LEARNED = "diffrate, learned"
 
@@ -50,7 +50,7 @@ EQUAL_COLUMNS = (
 
 def run(runs: Runs) -> list[str]:
     """Rows of one data set; writes its tables and pictures, and returns the ids of its rows."""
-    seeds, settings = runs.context.settings["seeds"], runs.settings
+    seeds, settings = runs.seeds, runs.settings
     plain = [runs.row(Setup(""))]
     schedules: dict[float, list[Schedule]] = {}
     for budget in settings["budgets"]:
@@ -59,18 +59,20 @@ def run(runs: Runs) -> list[str]:
             schedules.setdefault(budget, []).append(Schedule(setup.prune, setup.counts))
             plain.append(runs.row(setup, seed=seed, config=config))
         plain += [runs.row(runs.uniform(method, budget)) for method in settings["baselines"]]
-    tuned = _tuned(runs, seeds)
-    searched = _searched(runs, seeds, plain)
-    _report(runs, plain, tuned, searched)
+    _report_plain(runs, plain)
     _curves(runs, schedules)
     _picture(runs, schedules)
-    return [row["id"] for row in (*plain, *tuned, *searched)]
+    searched = _searched(runs, plain)
+    _report_searched(runs, searched)
+    tuned = _tuned(runs)
+    _report_tuned(runs, tuned)
+    return [row["id"] for row in (*plain, *searched, *tuned)]
 
 
-def _tuned(runs: Runs, seeds: Iterable[int]) -> list[dict[str, Any]]:
+def _tuned(runs: Runs) -> list[dict[str, Any]]:
     """Rows after a short training under each schedule; the dense model is trained as long."""
     rows = []
-    for seed in seeds if runs.settings["tuned_budgets"] else ():
+    for seed in runs.context.settings["tuned_seeds"] if runs.settings["tuned_budgets"] else ():
         rows.append(runs.row(Setup(""), seed=seed, tuned=True))
         for budget in runs.settings["tuned_budgets"]:
             setups = [runs.learned(budget, seed)[1], *(runs.uniform(method, budget) for method in TUNED)]
@@ -78,44 +80,60 @@ def _tuned(runs: Runs, seeds: Iterable[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _searched(runs: Runs, seeds: Iterable[int], plain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _searched(runs: Runs, plain: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the searches at one budget, and of the learned schedules at it."""
     settings = dict(runs.settings["search"])
     budget, methods = settings.pop("budget"), settings.pop("methods")
     rows = [row for row in plain if row["method"] == LEARNED and row["target"] == 100 * budget]
     for method in methods:
-        for seed in seeds:
+        for seed in runs.seeds:
             setup, facts = runs.searched(method, budget, seed, **settings)
             rows.append(runs.row(setup, seed=seed, more=facts))
     return rows
 
 
-def _report(runs: Runs, plain: list[dict], tuned: list[dict], searched: list[dict]) -> None:
-    """Tables of the rows, and the trade-off as a plot."""
+_PANELS = [
+    ("macs_share", "MACs, % of dense", "accuracy", "accuracy %"),
+    ("macs_share", "MACs, % of dense", "cross_entropy", "cross-entropy"),
+]
+
+
+def _about(runs: Runs) -> str:
+    return (
+        f"A tiny ViT trained on {runs.name}. The learned rates prune and merge; every other method runs ToMe's constant "
+        "schedule of the same multiply-adds. One MAC is one multiply-accumulate. Realised: time of the dense evaluation step "
+        "over that of the reduced one, same weights, same batch, interleaved medians."
+    )
+
+
+def _report_plain(runs: Runs, rows: list[dict]) -> None:
+    """Tables of what was not trained under its schedule, and the trade-off as a plot."""
     results, name = runs.context.results, runs.name
-    about = (
-        f"A tiny ViT trained on {name}. The learned rates prune and merge; every other method runs ToMe's constant schedule "
-        "of the same multiply-adds. One MAC is one multiply-accumulate. Realised: time of the dense evaluation step over that "
-        "of the reduced one, same weights, same batch, interleaved medians."
-    )
-    tables.write(results, f"{name}_plain", f"Without any training under the schedule. {about}", plain, COLUMNS)
-    dense = {key: plain[0][key] for key in ("accuracy", "cross_entropy")}
-    panels = [("macs_share", "MACs, % of dense", y, label) for y, label in (("accuracy", "accuracy %"),)]
-    panels.append(("macs_share", "MACs, % of dense", "cross_entropy", "cross-entropy"))
-    plots.save(plots.trade_off(plain[1:], panels, level=dense), results, f"{name}_plain")
-    if tuned:
-        steps = runs.settings["tune"]["steps"]
-        title = f"After {steps} steps of training under the schedule, the dense model included. {about}"
-        tables.write(results, f"{name}_tuned", title, tuned, COLUMNS)
-        level = {key: float(np.mean([row[key] for row in tuned if row["method"] == "dense"])) for key in dense}
-        figure = plots.trade_off([row for row in tuned if row["method"] != "dense"], panels, level=level)
-        plots.save(figure, results, f"{name}_tuned")
+    tables.write(results, f"{name}_plain", f"Without any training under the schedule. {_about(runs)}", rows, COLUMNS)
+    plots.save(plots.trade_off(rows[1:], _PANELS, level=rows[0]), results, f"{name}_plain")
+    _equal(runs, rows)
+
+
+def _report_tuned(runs: Runs, rows: list[dict]) -> None:
+    """The same for what was trained under its schedule, if any was."""
+    if not rows:
+        return
+    results, name, steps = runs.context.results, runs.name, runs.settings["tune"]["steps"]
+    title = f"After {steps} steps of training under the schedule, the dense model included. {_about(runs)}"
+    tables.write(results, f"{name}_tuned", title, rows, COLUMNS)
+    dense = [row for row in rows if row["method"] == "dense"]
+    level = {key: float(np.mean([row[key] for row in dense])) for key in ("accuracy", "cross_entropy")}
+    figure = plots.trade_off([row for row in rows if row["method"] != "dense"], _PANELS, level=level)
+    plots.save(figure, results, f"{name}_tuned")
+
+
+def _report_searched(runs: Runs, rows: list[dict]) -> None:
+    """The table of schedules at one budget."""
     title = (
-        f"Schedules at equal multiply-adds on {name}, all of them run by DiffRate's reduction. The searched ones prune and "
-        "merge as many; they were searched on training images, and seeds differ in those."
+        f"Schedules at equal multiply-adds on {runs.name}, all of them run by DiffRate's reduction. The searched ones prune "
+        "and merge as many; they were searched on training images, and seeds differ in those."
     )
-    tables.write(results, f"{name}_schedules", title, searched, SEARCH_COLUMNS)
-    _equal(runs, plain)
+    tables.write(runs.context.results, f"{runs.name}_schedules", title, rows, SEARCH_COLUMNS)
 
 
 def _equal(runs: Runs, plain: list[dict]) -> None:
@@ -151,7 +169,7 @@ def _curves(runs: Runs, schedules: dict[float, list[Schedule]]) -> None:
     layers = list(range(1, runs.model.depth + 1))
     for budget, found in schedules.items():
         for index, schedule in enumerate(found):
-            lines[f"{100 * budget:g} %, seed {runs.context.settings['seeds'][index]}"] = (layers, schedule.counts)
+            lines[f"{100 * budget:g} %, seed {runs.seeds[index]}"] = (layers, schedule.counts)
     figure = plots.curves(lines, "layer", "tokens after the layer", levels=(runs.model.num_tokens,))
     plots.save(figure, runs.context.results, f"{runs.name}_learned")
 

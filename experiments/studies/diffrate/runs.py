@@ -73,6 +73,11 @@ class Runs:
     settings: Mapping[str, Any]
     objectives: dict[tuple[int, int], search.Objective] = dataclasses.field(default_factory=dict, repr=False)
 
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of learning and searching."""
+        return self.settings.get("seeds", self.context.settings["seeds"])
+
     @functools.cached_property
     def base(self) -> tuple[ConfigDict, TrainResult]:
         """The dense model: one for all seeds, as the paper starts from one checkpoint."""
@@ -144,7 +149,8 @@ class Runs:
         overrides = {**self.settings["base"], **self.settings["tune"], **setup.overrides, "seed": seed}
         config = self._config("", overrides)
         run = f"{self.name}/tuned-{setup.method or 'dense'}-{setup.budget:g}-seed{seed}"
-        return config, self.context.train(run, config, params=self.base[1].state.params), run
+        params = graft(config, self.base[1].state.params)
+        return config, self.context.train(run, config, params=params), run
 
     def row(
         self,

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax.core import meta
 
-from adaptive.rates.schedules import Schedule, Space, cost_of
-from experiments import measure
+from experiments.bench import vit
+from experiments.bench.diffrate import schedule_of
 from experiments.studies import tables
 from experiments.studies.study import Context
 from layers.learned_rates import as_reduce
@@ -20,9 +17,10 @@ from layers.vit import ViT
 BUDGET = 0.6
 SHAPES = ("B/16", "L/16", "H/14")
 TITLE = (
-    "ViT shapes at 224 x 224 with random weights, a constant number of tokens pruned and as many merged at every layer but the "
-    "first, to 60 % of the multiply-adds. Images a second; realised: time of the dense model over that of the reduced one, "
-    "interleaved medians. Shapes that a suite leaves out say 'not run'."
+    "ViT shapes at 224 x 224 with random weights, about as many tokens removed at every layer but the first, half of them "
+    "pruned and half merged, to 60 % of the multiply-adds. Images a second; realised: time of the dense model over that of the "
+    "reduced one, interleaved medians; matching and merging: time of one reduction at full length over that of one dense "
+    "block. Shapes that a suite leaves out say 'not run'."
 )
 COLUMNS = (
     tables.Column("shape", "shape"),
@@ -32,33 +30,26 @@ COLUMNS = (
     tables.Column("reduced images / s", "reduced_rate", 2),
     tables.Column("implied speedup", "implied", 2),
     tables.Column("realised speedup", "realised", 2),
+    tables.Column("realised / implied", "realised_share", 2),
+    tables.Column("matching and merging, % of a block", lambda row: _percent(row.get("overhead")), 1),
+    tables.Column("repeats", "repeats"),
     tables.Column("device", "device"),
 )
 
 
-def schedule_of(model: ViT, budget: float = BUDGET) -> Schedule:
-    """Half of what goes is pruned, half merged, about as many at every layer but the first."""
-    cost = cost_of(model.spec())
-    space = Space(model.depth, model.num_tokens, cost, budget * cost((model.num_tokens,) * model.depth))
-    counts = space.linear()
-    before = (model.num_tokens, *counts[:-1])
-    return Schedule(tuple(n - (n - m) // 2 for n, m in zip(before, counts, strict=True)), counts)
-
-
 def run(context: Context) -> list[str]:
-    """Rows of the suite's shapes, and their table."""
-    chosen = dict(context.settings["shapes"])
-    if not chosen:
+    """Rows of the suite's shapes, and their table; returns the ids of the rows."""
+    settings = context.settings["shapes"]
+    if not settings:
         return []
     config = context.config("diffrate/digits.py")
     rows, made = [], []
     for shape in SHAPES:
-        if shape not in chosen:
+        if shape not in settings["batches"]:
             rows.append({"group": shape, "shape": shape})
-        for batch in chosen.get(shape, ()):
+        for batch in settings["batches"].get(shape, ()):
             name = f"shape-{shape.replace('/', '_')}-batch{batch}"
-            context.say(f"timing {name}")
-            row = context.rows.make(name, config, functools.partial(_measure, context, shape, batch))
+            row = context.rows.make(name, config, lambda shape=shape, batch=batch: _measure(context, shape, batch))
             rows.append(row)
             made.append(row["id"])
     tables.write(context.results, "throughput", TITLE, rows, COLUMNS, receipts=())
@@ -67,28 +58,25 @@ def run(context: Context) -> list[str]:
 
 def _measure(context: Context, shape: str, batch: int) -> dict[str, Any]:
     """Times one shape at one batch size: float32 on a CPU, bfloat16 elsewhere."""
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    context.say(f"timing {shape} at batch {batch}")
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dense = ViT.named(shape, num_classes=1_000, dtype=dtype)
-    schedule = schedule_of(dense)
-    reduced = dense.clone(hooks=(as_reduce(schedule),))
-    images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3), dtype)
-    shapes = meta.unbox(jax.eval_shape(dense.init, jax.random.key(0), images))
-    variables = measure.random_like(shapes, jax.random.key(1))
-    calls = {
-        name: measure.compiled_call(lambda v, x, model=model: model.apply(v, x)[0], variables, images)
-        for name, model in (("dense", dense), ("reduced", reduced))
-    }
-    times = measure.interleaved(calls, repeats=context.settings["repeats"])
-    cost = cost_of(dense.spec())
-    return {
+    hook = as_reduce(schedule_of(dense, BUDGET))
+    repeats = context.settings["shapes"]["repeats"]
+    row = vit.row(shape, dense, hook, vit.random_params(dense), batch, repeats)
+    rates = row.pop("images_per_second")
+    command = (
+        f"python -m experiments.bench diffrate --variant={shape} --batch={batch} --dtype={dtype} --repeats={repeats}"
+    )
+    return row | {
         "group": f"{shape}-{batch}",
         "shape": shape,
         "batch": batch,
-        "dtype": jnp.dtype(dtype).name,
-        "dense_rate": batch / times["dense"].median,
-        "reduced_rate": batch / times["reduced"].median,
-        "implied": cost((dense.num_tokens,) * dense.depth) / cost(schedule.counts),
-        "realised": times["dense"].median / times["reduced"].median,
-        "milliseconds": measure.milliseconds(times),
-        "command": f"python -m experiments.reproduce --suite={context.suite} --only={context.name}",
+        "dense_rate": rates["dense"],
+        "reduced_rate": rates["reduced"],
+        "command": command,
     }
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share

@@ -200,3 +200,18 @@ def test_a_gone_key_with_an_enormous_logit_neither_overflows_nor_hides_the_other
 def test_export_is_a_schedule_of_ints():
     schedule = proxy.export(jnp.zeros((2, 2, 49)), proxy.candidates(196), 197, (1,))
     assert schedule == Schedule((197, 101), (197, 101)) and all(type(n) is int for n in schedule.prune + schedule.merge)
+
+
+def test_logits_around_numbers_keep_about_those_numbers():
+    choices = proxy.candidates(64, 1)
+    kept = ((62, 47), (47, 28), (27, 15), (9, 4))
+    found = np.asarray(proxy.kept_tokens(jnp.asarray(proxy.logits_around(kept, choices)), choices))
+    np.testing.assert_allclose(found, kept, atol=1)
+    belief = np.asarray(proxy.keep_probability(jnp.asarray(proxy.logits_around(kept, choices)), choices, 65))
+    # A wide bell learns from ranks on both sides of the number.
+    assert 0.05 < belief[0, 1, 53] < 0.3 and 0.7 < belief[0, 1, 40] < 0.99
+
+
+def test_numbers_without_a_candidate_cannot_be_started_from():
+    with pytest.raises(ValueError, match=r"kept tokens must lie in 2\.\.65"):
+        proxy.logits_around(((65, 1),), proxy.candidates(64, 1))

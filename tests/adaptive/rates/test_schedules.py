@@ -71,3 +71,13 @@ def test_the_linear_family_removes_about_as_many_everywhere(share):
     removed = -np.diff([65, *counts])
     # What is left of the budget goes to the last layer, whose tokens are the cheapest.
     assert removed[:-1].max() - removed[:-1].min() <= 1 and 0 < removed[-1] <= removed.max()
+
+
+@pytest.mark.parametrize(("pruned", "alive"), [(0.0, (17, 11, 7)), (0.5, (14, 9, 5)), (1.0, (11, 7, 4))])
+def test_a_share_of_what_goes_is_pruned(pruned, alive):
+    assert Schedule.split((11, 7, 4), 17, pruned) == Schedule(alive, (11, 7, 4))
+
+
+def test_a_share_of_pruning_beyond_all_is_an_error():
+    with pytest.raises(ValueError, match=r"pruned=1.5 is the share .* in \[0, 1\]"):
+        Schedule.split((11, 7), 17, 1.5)

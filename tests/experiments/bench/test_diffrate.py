@@ -6,7 +6,7 @@ import argparse
 import pytest
 
 from experiments.bench import diffrate, vit
-from experiments.studies.diffrate.shapes import schedule_of
+from experiments.bench.diffrate import schedule_of
 from layers.learned_rates import as_reduce
 
 

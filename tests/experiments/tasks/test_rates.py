@@ -20,7 +20,12 @@ CONFIG = "configs/diffrate/digits.py:rates,runlocal"
 @functools.cache
 def _world():
     overrides = {"data.image_size": 32, "model.width": 16, "model.mlp_dim": 32, "model.rates.target": 0.8}
-    overrides |= {"model.rates.first": 1, "model.rates.price": "both"}
+    overrides |= {
+        "model.rates.first": 1,
+        "model.rates.price": "both",
+        "model.rates.start": "",
+        "model.rates.weight": 100.0,
+    }
     task = tasks.build(apply_overrides(config_lib.load(CONFIG), overrides))
     rng = np.random.default_rng(0)
     batch = {
@@ -111,3 +116,21 @@ def test_schedules_of_a_config_must_fit_the_model():
         build(**{**counts, "model.reduction.counts": (65, 40)})
     with pytest.raises(ValueError, match="alive of 'diffrate' has 2 values for 3 layers"):
         build(**counts, **{"model.reduction.layered": {"alive": (65, 50)}})
+
+
+def test_rates_start_at_the_uniform_schedule_of_the_target():
+    config = config_lib.load("configs/diffrate/digits.py:rates,target=0.6")
+    task = tasks.build(config)
+    logits = task.hook.bind({}, rngs={"params": jax.random.key(0)})._initial(None, (6, 2, 64), np.float32)
+    schedule = task.schedule({"hooks_0": {"logits": logits}})
+    spec = task.model.spec()
+    assert sum(spec.macs(counts=schedule.counts).values()) / sum(spec.macs().values()) == pytest.approx(0.6, abs=0.02)
+    removed = -np.diff((65, *schedule.counts[:-1]))
+    assert np.ptp(removed) <= 3 and removed.min() > 0
+    assert all(left < alive for alive, left in zip(schedule.prune, schedule.merge, strict=True))
+
+
+def test_an_unknown_start_of_rates_is_an_error():
+    config = apply_overrides(config_lib.load(CONFIG), {"model.rates.start": "linear"})
+    with pytest.raises(ValueError, match="start='linear' is neither 'uniform' nor empty"):
+        tasks.build(config)

@@ -58,7 +58,7 @@ SUITES: dict[str, dict[str, Any]] = {
             overrides={"model.depth": 6, "batch_size": 16, "optimizer.warmup": 20, "eval.every": 0},
             widths=(48, 64, 96),
             shares=(0.125,),
-            steps=250,
+            steps=120,
             batches=20,
         ),
     ),

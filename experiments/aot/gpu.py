@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # What the compiler asks about a card, from its data sheet.
 CARDS = {
@@ -93,12 +93,16 @@ def compile_kernels(function: Callable[..., Any], arguments: Any, card: str) -> 
     if card not in CARDS:
         raise ValueError(f"unknown card {card!r}; one of {', '.join(CARDS)}")
     device = topologies.get_topology_desc(platform="cuda", target_config=CARDS[card], topology="1x1x1").devices[0]
-    place = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
+    mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    # Later versions of Pallas ask the mesh which card they are for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     with tempfile.TemporaryDirectory(prefix="adaptive_gpu_") as folder:
-        # Without a card nothing can be tuned by trying.
-        lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, "xla_dump_to": folder})
+        # Without a card nothing can be tuned by trying. The last asks for the code of kernels too.
+        options = {"xla_gpu_autotune_level": 0, "xla_dump_to": folder, "xla_dump_emitter_re": ".*"}
+        lowered.compile(compiler_options=options)
         dump = pathlib.Path(folder)
         launches = "".join(path.read_text() for path in dump.glob("*.thunk_sequence.txt"))
         found = []

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # What the compiler asks about a card, from its data sheet.
 CARDS = {
@@ -87,15 +87,18 @@ def compile_kernels(function: Callable[..., Any], arguments: Any, card: str) -> 
     """The kernels of `function`, compiled for a described card.
 
     Raises:
-      ValueError: an unknown card.
+      ValueError: an unknown card, or a version of the compiler that does not write what it made.
       jax.errors.JaxRuntimeError: the compiler refuses: more shared memory than the card has, for one.
     """
     if card not in CARDS:
         raise ValueError(f"unknown card {card!r}; one of {', '.join(CARDS)}")
     device = topologies.get_topology_desc(platform="cuda", target_config=CARDS[card], topology="1x1x1").devices[0]
-    place = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
+    mesh = Mesh(np.array([device]), ("one",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    # Later versions of Pallas ask the mesh which card they are for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     with tempfile.TemporaryDirectory(prefix="adaptive_gpu_") as folder:
         # Without a card nothing can be tuned by trying.
         lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, "xla_dump_to": folder})
@@ -109,6 +112,8 @@ def compile_kernels(function: Callable[..., Any], arguments: Any, card: str) -> 
             command = [_ptxas(), "-v", f"-arch={_ARCHITECTURES[card]}", str(path), "-o", f"{path}.out"]
             report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             found += kernels(path.read_text(), report, launches)
+        if not found:
+            raise ValueError("the compiler wrote no code of kernels to read; jax 0.10 does, 0.11 does not unasked")
         return found
 
 

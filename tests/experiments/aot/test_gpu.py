@@ -56,7 +56,17 @@ def test_every_case_of_a_kernel_lowers_for_gpus(name):
         assert calls, case.shape
 
 
+@pytest.fixture
+def uncached():
+    """What is compiled for a card that is not there cannot be read back from a cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 @needs_compiler
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_every_kernel_compiles_for_an_h200_and_spills_nothing(name):
     rows = list(kernels.gpu_rows(name, ("h200",)))

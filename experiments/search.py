@@ -54,7 +54,7 @@ class Objective:
       pruned: share of the tokens that go at a layer which is pruned; the others merge.
 
     Raises:
-      ValueError: no batch, a model without a class token, a share outside [0, 1].
+      ValueError: no batch, or a model without a class token.
     """
 
     def __init__(
@@ -89,7 +89,11 @@ class Objective:
         self._progress, self.calls = progress, 0
 
     def schedule(self, counts: Sequence[int]) -> Schedule:
-        """What is pruned and merged so that `counts` tokens are left."""
+        """What is pruned and merged so that `counts` tokens are left.
+
+        Raises:
+          ValueError: the counts do not fit the model, or `pruned` is outside [0, 1].
+        """
         model = self._task.model
         counts = Schedule.of_counts(counts).check(model.depth, model.num_tokens).counts
         return Schedule.split(counts, model.num_tokens, self.pruned)

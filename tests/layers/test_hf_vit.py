@@ -154,7 +154,7 @@ def test_an_override_that_is_no_attribute_is_refused():
     [
         (dict(pool="mean"), "cannot express pool='mean' with classes"),
         (dict(positions="sincos2d"), "cannot express positions='sincos2d'"),
-        (dict(stem=(8, 8)), r"cannot express stem=\(8, 8\)"),
+        (dict(stem=(8,)), r"cannot express stem=\(8,\)"),
         (dict(representation=4), "cannot express representation=4 with classes"),
         (dict(pool="mean", class_token=False, num_classes=0), "cannot express no class token"),
     ],

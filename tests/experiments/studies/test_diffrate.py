@@ -12,8 +12,12 @@ from flax.core import meta
 from PIL import Image
 
 from adaptive.rates.schedules import Schedule
+from experiments import tasks
 from experiments.bench.diffrate import schedule_of
+from experiments.rundir import apply_overrides
 from experiments.studies.diffrate import published
+from experiments.studies.diffrate.runs import Setup
+from experiments.studies.graft import graft
 from experiments.studies.study import Context
 from layers import hf
 from layers.vit import ViT
@@ -86,6 +90,19 @@ def test_images_and_a_checkpoint_fill_the_rows_of_its_family(tmp_path, monkeypat
     # A second run evaluates nothing again.
     before = list(said)
     assert published.run(context) == made and said == before
+
+
+def test_queries_of_cropr_start_anew_on_the_trained_backbone():
+    """What `Runs.tuned` trains on: the schedule's own parameters are new, all others are those of the dense model."""
+    config = Context.config("diffrate/digits.py", "runlocal")
+    dense = tasks.build(config).model
+    pixels = np.zeros((1, *dense.image_size, dense.channels), np.float32)
+    shapes = meta.unbox(jax.eval_shape(dense.init, jax.random.key(0), pixels))["params"]
+    trained = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, np.float32), shapes)
+    changed = apply_overrides(config, Setup("cropr", (40, 20, 10)).overrides)
+    params = graft(changed, trained)
+    assert sorted(set(params) - set(trained)) == ["hooks_0"] and np.ptp(params["hooks_0"]["layer_0"]["queries"]) > 0
+    jax.tree.map(np.testing.assert_array_equal, {name: params[name] for name in trained}, trained)
 
 
 def test_without_images_no_row_is_measured(tmp_path):

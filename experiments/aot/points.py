@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels' schedules are held to: times estimated region by region, beside the best peer of the same shape.
 
-A grid's loop passes two times more than it has steps and guards the steps' own work; inside, each region counts as often as it runs.
-S is the time over density x best dense time. Estimates, made without a TPU: what memory does meanwhile is `hbm_us`, and a bar that
-is cleared by less than a twentieth is not cleared.
+A grid's loop passes two times more than it has steps and guards the steps' own work; inside, each region counts as often as it
+runs. S is the time over density x best dense time. Estimates, made without a TPU: what memory does meanwhile is `hbm_us`, and a
+bar that is cleared by less than a twentieth is not cleared.
 """
 
 from __future__ import annotations

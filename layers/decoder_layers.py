@@ -13,6 +13,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from adaptive.sparsity.decoding import SinkWindow
 from layers.attention import Attention, Memory
 from layers.norms import RMSNorm
 from layers.parts import Parts
@@ -89,6 +90,7 @@ class Block(nn.Module):
       rotary_base, rotary_scaling: see `layers.rotary`.
       feed_forward: what stands in place of the gated MLP; None for that.
       parts: builds projections and the gated MLP.
+      reads: which pages of its memory a decode step reads; all of it when None.
     """
 
     layer: int
@@ -104,6 +106,7 @@ class Block(nn.Module):
     dropout: float = 0.0
     feed_forward: FeedForward | None = None
     parts: Parts = Parts()
+    reads: SinkWindow | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
@@ -154,7 +157,8 @@ class Block(nn.Module):
         """One token a row: features, the memory with it, and the rows for which the block ran (all)."""
         normed = self.attention_norm(x)
         memory = memory.write(self.attention.project(normed, place.positions), place.slot)
-        x = x + self.attention.attend(normed, memory, key_bias=place.key_bias, positions=place.positions)
+        pages = None if self.reads is None else self.reads.pages(place.key_bias, place.slot)
+        x = x + self.attention.attend(normed, memory, key_bias=place.key_bias, positions=place.positions, pages=pages)
         return self._finish(x, None, True)[0], memory, jnp.ones(x.shape[0], bool)
 
     def remember(self, x: Float[Array, "B 1 D"], memory: Memory, place: Place) -> Memory:

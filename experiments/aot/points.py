@@ -266,7 +266,7 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
     (of results into their last layout) are left out.
     """
     for name in chips:
-        for tokens, batch, removed in ((197, 64, 8), (577, 32, 8), (1025, 16, 40), (4097, 2, 160)):
+        for tokens, batch, removed in ((197, 64, 8), (577, 32, 8), (1025, 16, 40)):
             times = {}
             for attention in ("xla", "tpu"):
                 found = kernels.compiled(*_vit_layer(tokens, batch, 0, attention), name, dump)

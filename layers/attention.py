@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from adaptive.rates.masked import masked_attention
+from adaptive.sparsity.decoding import Pages
 from adaptive.tokens import Signals
 from layers.linear import Initializer
 from layers.parts import Parts
@@ -26,6 +27,7 @@ from pallas_kernels.biased_flash_attention import (
     biased_attention,
 )
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
+from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 
 # Signals that attention can hand out; all but "attention" without a map of all queries by all keys.
 SIGNALS = ("keys", "queries", "values", "cls_attention", "column_sums", "score_excess", "attention")
@@ -198,9 +200,20 @@ class Attention(nn.Module):
         bias: Float[Array, "b H Q K"] | None = None,
         causal: bool = False,
         positions: Num[Array, "b Q"] | None = None,
+        pages: Pages | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Attends from `x` to a memory that `project` made; arguments as in the call, -inf in `bias` removes a pair."""
+        """Attends from `x` to a memory that `project` made; arguments as in the call, -inf in `bias` removes a pair.
+
+        With `pages` all queries see the listed pages of the memory, and no others.
+
+        Raises:
+          ValueError: a `bias` or causal order beside `pages`, or a memory that is not of whole pages.
+        """
         query = self._rotate(self.query(x, self._sizes(x, self.heads)), positions)
+        if pages is not None:
+            if bias is not None or causal:
+                raise ValueError("listed pages take a key_bias, and neither a bias on pairs nor causal order")
+            return self.out(self._attend_pages(query, memory, pages, key_bias), x.shape[-1:])
         out = biased_attention(
             query,
             jnp.swapaxes(memory.keys, 1, 2),
@@ -213,6 +226,29 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
         return self.out(out, x.shape[-1:])
+
+    def _attend_pages(
+        self, query: Array, memory: Memory, pages: Pages, key_bias: Float[Array, "B K"] | None
+    ) -> Float[Array, "B Q H d"]:
+        batch, groups, slots, width = memory.keys.shape
+        if slots % pages.size:
+            raise ValueError(f"a memory of {slots} slots is not made of pages of {pages.size}")
+        # Pages of a row are its cache in another shape; nothing is copied.
+        shape = (batch, groups, slots // pages.size, pages.size)
+        bias = None
+        if key_bias is not None:
+            bias = jnp.broadcast_to(key_bias[:, None], (batch, groups, slots)).reshape(shape)
+        return sparse_decode_attention(
+            query,
+            memory.keys.reshape(*shape, width),
+            memory.values.reshape(*shape, width),
+            pages.numbers,
+            pages.lengths,
+            bias=bias,
+            sinks=jnp.zeros(query.shape[2]) if self.softmax == "off_by_one" else None,
+            scale=self.scale,
+            implementation=self.implementation,
+        )[0]
 
     def _linear(self, axes: tuple[str, ...], use_bias: bool, init: Initializer | None = None) -> nn.Module:
         return self.parts.projection(

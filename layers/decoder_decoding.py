@@ -83,7 +83,7 @@ class Decoding(nn.Module):
         Args:
           input_ids: `[B, N]`; attention_mask: `[B, N]` True for real tokens, padding on either side; all when None. A row
             without any is taken for its first id alone.
-          max_length: T, tokens that will be decoded at most.
+          max_length: T, tokens that will be decoded at most; rounded up where the cache is read in whole pages.
 
         Raises:
           ValueError: `max_length` is not positive, or shapes do not fit.
@@ -91,6 +91,8 @@ class Decoding(nn.Module):
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1 token; got {max_length}")
         rows, length = input_ids.shape
+        if self.reads is not None:
+            max_length += -(length + max_length) % self.reads.page
         stream = Stream.create(input_ids, attention_mask)
         valid = jnp.ones(input_ids.shape, bool) if stream.valid is None else stream.valid
         places = jnp.arange(length)

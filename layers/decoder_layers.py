@@ -13,6 +13,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from adaptive.sparsity.decoding import SinkWindow
 from layers.attention import Attention, Memory
 from layers.norms import RMSNorm
 from layers.parts import Parts
@@ -90,6 +91,7 @@ class Block(nn.Module):
       rotary_base, rotary_scaling: see `layers.rotary`.
       feed_forward: what stands in place of the gated MLP; None for that.
       parts: builds projections and the gated MLP.
+      reads: which pages of its memory a decode step reads; all of it when None.
     """
 
     layer: int
@@ -105,6 +107,7 @@ class Block(nn.Module):
     dropout: float = 0.0
     feed_forward: FeedForward | None = None
     parts: Parts = Parts()
+    reads: SinkWindow | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
@@ -169,8 +172,9 @@ class Block(nn.Module):
 
     def attend_and_feed(self, x: Float[Array, "R 1 D"], memory: Memory, place: Place) -> Float[Array, "R 1 D"]:
         """What follows the write of a step's tokens into the memory, for the rows of `x`."""
+        pages = None if self.reads is None else self.reads.pages(place.key_bias, place.slot)
         attended = self.attention.attend(
-            self.attention_norm(x), memory, key_bias=place.key_bias, positions=place.positions
+            self.attention_norm(x), memory, key_bias=place.key_bias, positions=place.positions, pages=pages
         )
         return self._finish(x + attended, None, True)[0]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from adaptive import flops
+from adaptive.sparsity.decoding import SinkWindow
 from layers.decoder_decoding import Decoding, DepthPolicy
 from layers.decoder_layers import Block, FeedForward, Stream
 from layers.embed import TokenEmbed
@@ -39,6 +40,8 @@ class DecoderLM(Decoding):
       parts: what builds projections and feed-forward layers; see `layers.parts`.
       routing: blocks that run for a share of the tokens, see `layers.mixture_of_depths`; none when None.
       policy: which layers run in decoding (`layers.early_exit`); all when None. The call itself runs all of them.
+      reads: which pages of the cache a decode step reads (`adaptive.sparsity.decoding`); all of it when None. Prompts and the
+        call itself attend to everything.
       exit_classifier: has a linear classifier of features that can stop a token; it sees them without a way back.
       remat: recomputes each block in the backward pass.
       dtype: of the computation; parameters stay in `param_dtype`.
@@ -64,6 +67,7 @@ class DecoderLM(Decoding):
     parts: Parts = Parts()
     routing: MixtureOfDepths | None = None
     policy: DepthPolicy | None = None
+    reads: SinkWindow | None = None
     exit_classifier: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -203,6 +207,8 @@ class DecoderLM(Decoding):
             raise ValueError(f"kv_heads must divide heads; {kv_heads} does not divide {self.heads}")
         if self.routing is not None and self.policy is not None:
             raise ValueError("routing and policy both say which layers run for a token; set one of them")
+        if self.routing is not None and self.reads is not None:
+            raise ValueError("routed blocks keep a memory of their own, which has no pages; set routing or reads")
 
     def _block(self, layer: int) -> Block:
         routed = self.routing is not None and self.routing.acts(layer)
@@ -223,6 +229,7 @@ class DecoderLM(Decoding):
             dropout=self.dropout,
             feed_forward=self.feed_forward,
             parts=self.parts,
+            reads=self.reads,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             implementation=self.implementation,

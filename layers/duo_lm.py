@@ -171,6 +171,7 @@ class DuoLM(Decoding):
     implementation: str | None = None
     # Every layer attends to every token: what is left out is chosen within a layer.
     policy = None
+    reads = None
 
     def setup(self) -> None:
         """Creates the parts."""

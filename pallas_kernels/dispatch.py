@@ -25,7 +25,7 @@ def preference(platform: str | None = None) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def compiled_for(platform: str) -> Iterator[None]:
-    """What is traced in this context is compiled for another platform than the default backend: the best one there is chosen."""
+    """What is traced here is compiled for a platform that is not the default backend: implementations are chosen for it."""
     before = _TARGET.set(platform)
     try:
         yield

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels' schedules are held to: times estimated region by region, beside the best peer of the same shape.
 
-A grid's loop passes two times more than it has steps and guards the steps' own work; inside, each region counts as often as it runs.
-S is the time over density x best dense time. Estimates, made without a TPU: what memory does meanwhile is `hbm_us`, and a bar that
-is cleared by less than a twentieth is not cleared.
+A grid's loop passes two times more than it has steps and guards the steps' own work; inside, each region counts as often as it
+runs. S is the time over density x best dense time. Estimates, made without a TPU: what memory does meanwhile is `hbm_us`, and a
+bar that is cleared by less than a twentieth is not cleared.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
     (of results into their last layout) are left out.
     """
     for name in chips:
-        for tokens, batch, removed in ((197, 64, 8), (577, 32, 8), (1025, 16, 40), (4097, 2, 160)):
+        for tokens, batch, removed in ((197, 64, 8), (577, 32, 8), (1025, 16, 40)):
             times = {}
             for attention in ("xla", "tpu"):
                 found = kernels.compiled(*_vit_layer(tokens, batch, 0, attention), name, dump)

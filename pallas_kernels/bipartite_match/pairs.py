@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, partition
@@ -39,7 +38,7 @@ def pair_up(
     mass: Float[Array, "B N"],
     *,
     removed: int,
-    threshold: float | None = None,
+    threshold: float | Float[Array, ""] | None = None,
     ordered: bool,
     implementation: str | None = None,
 ) -> Pairs:
@@ -68,28 +67,28 @@ def pair_up(
         raise ValueError(
             f"removed must lie in 0..{even}, with at least one odd token of {mass.shape[1]}; got {removed}"
         )
-    options = (removed, threshold, ordered, implementation)
-    return _pair_up(options, jax.lax.stop_gradient(similarity), partner, mass.astype(jnp.float32))
+    above = None if threshold is None else similarity > threshold
+    return _pair_up((removed, ordered, implementation), similarity, partner, above, mass.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pair_up(options, similarity, partner, mass):
-    removed, threshold, ordered, implementation = options
+def _pair_up(options, similarity, partner, above, mass):
+    removed, ordered, implementation = options
     implementations = {"tpu": _TPU, "xla": pairs_xla.pair_up, "interpret": functools.partial(_TPU, interpret=True)}
-    static = {"removed": removed, "threshold": threshold, "ordered": ordered}
-    return Pairs(*dispatch.call("pair_up", implementations, implementation, similarity, partner, mass, **static))
+    static = {"removed": removed, "ordered": ordered}
+    arrays = (similarity, partner, mass) if above is None else (similarity, partner, mass, above)
+    return Pairs(*dispatch.call("pair_up", implementations, implementation, *arrays, **static))
 
 
-def _forward(options, similarity, partner, mass):
-    pairs = _pair_up(options, similarity, partner, mass)
-    return pairs, (partner, mass, pairs.assign, pairs.heads.shape[1])
+def _forward(options, similarity, partner, above, mass):
+    pairs = _pair_up(options, similarity, partner, above, mass)
+    return pairs, (mass, pairs.assign, pairs.heads.shape[1])
 
 
 def _backward(options, saved, moved):
-    partner, mass, assign, slots = saved
+    mass, assign, slots = saved
     weights = functools.partial(pairs_xla.shares, assign=assign, slots=slots)
-    nothing = np.zeros(partner.shape, jax.dtypes.float0)
-    return jnp.zeros(partner.shape, jnp.float32), nothing, jax.vjp(weights, mass)[1](moved.weight)[0]
+    return None, None, None, jax.vjp(weights, mass)[1](moved.weight)[0]
 
 
 _pair_up.defvjp(_forward, _backward)

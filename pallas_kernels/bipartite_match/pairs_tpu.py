@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.bipartite_match import pairs_xla
 
@@ -29,13 +29,13 @@ def pair_up(
     similarity: Float[Array, "B A"],
     partner: Int[Array, "B A"],
     mass: Float[Array, "B N"],
+    above: Bool[Array, "B A"] | None = None,
     *,
     removed: int,
-    threshold: float | None,
     ordered: bool,
     interpret: bool = False,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B N"], Float[Array, "B N"]]:
-    """Heads, slots of tokens, and their weights.
+    """Heads, slots of tokens, and their weights; what is `above` a threshold merges in any case.
 
     Raises:
       NotImplementedError: more even tokens than all pairs of which are compared.
@@ -44,15 +44,16 @@ def pair_up(
     if even > _LONGEST:
         raise NotImplementedError(f"pair_up takes at most {2 * _LONGEST} tokens; got {length}")
     odd_mass = jnp.pad(mass[:, 1::2], ((0, 0), (0, even - length // 2)))
-    arrays = [jnp.swapaxes(x, 0, 1).astype(jnp.float32) for x in (similarity, partner, mass[:, ::2], odd_mass)]
+    arrays = [similarity, partner, mass[:, ::2], odd_mass, *(() if above is None else (above,))]
+    arrays = [jnp.swapaxes(x, 0, 1).astype(jnp.float32) for x in arrays]
     block = pl.BlockSpec((even, min(batch, _LANES)), lambda b: (0, b))
     down = pltpu.VMEM(block.block_shape, jnp.float32)
     row = pl.BlockSpec((1, block.block_shape[1]), lambda b: (0, b))
     slot, weight, odd_weight, order, unmerged = pl.pallas_call(
-        functools.partial(_kernel, removed=removed, threshold=threshold, ordered=ordered),
+        functools.partial(_kernel, removed=removed, ordered=ordered, limited=above is not None),
         out_shape=[jax.ShapeDtypeStruct((size, batch), jnp.float32) for size in (even, even, even, even, 1)],
         grid=(pl.cdiv(batch, _LANES),),
-        in_specs=[block] * 4,
+        in_specs=[block] * len(arrays),
         out_specs=[block] * 4 + [row],
         scratch_shapes=[down, down],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
@@ -66,23 +67,9 @@ def pair_up(
     return pairs_xla.heads_of(order, unmerged, length - removed, length), assign, weight
 
 
-def _kernel(
-    similarity_ref,
-    partner_ref,
-    mass_ref,
-    odd_mass_ref,
-    slot_ref,
-    weight_ref,
-    odd_weight_ref,
-    order_ref,
-    unmerged_ref,
-    join_ref,
-    total_ref,
-    *,
-    removed,
-    threshold,
-    ordered,
-):
+def _kernel(similarity_ref, partner_ref, mass_ref, odd_mass_ref, *refs, removed, ordered, limited):
+    above_ref, refs = (refs[0], refs[1:]) if limited else (None, refs)
+    slot_ref, weight_ref, odd_weight_ref, order_ref, unmerged_ref, join_ref, total_ref = refs
     even, lanes = similarity_ref.shape
     blocks = [slice(start, min(start + _DOWN, even)) for start in range(0, even, _DOWN)]
 
@@ -106,8 +93,8 @@ def _kernel(
 
         place = passing(count, jnp.zeros_like(own))
         merged = place < removed
-        if threshold is not None:
-            merged |= own > threshold
+        if limited:
+            merged |= above_ref[block, :] > 0
         join_ref[block, :] = jnp.where(merged, partner_ref[block, :], -1.0)
         slot_ref[block, :] = place
         joined += jnp.sum(jnp.where(merged, 1.0, 0.0), axis=0, keepdims=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def shares(mass: Float[Array, "B N"], assign: Int[Array, "B N"], slots: int) -> Float[Array, "B N"]:
@@ -22,18 +22,18 @@ def pair_up(
     similarity: Float[Array, "B A"],
     partner: Int[Array, "B A"],
     mass: Float[Array, "B N"],
+    above: Bool[Array, "B A"] | None = None,
     *,
     removed: int,
-    threshold: float | None,
     ordered: bool,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B N"], Float[Array, "B N"]]:
-    """Heads, slots of tokens, and their weights."""
+    """Heads, slots of tokens, and their weights; what is `above` a threshold merges in any case."""
     even, length = similarity.shape[1], mass.shape[1]
     order = jnp.argsort(-similarity, axis=-1, stable=True)
     place = jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
     merged = place < removed
-    if threshold is not None:
-        merged |= similarity > threshold
+    if above is not None:
+        merged |= above
     joined = jnp.sum(merged, axis=-1, keepdims=True, dtype=jnp.int32)
     position = jnp.cumsum(~merged, axis=-1, dtype=jnp.int32) - 1 if ordered else place - joined
     assign = jnp.where(merged, even - joined + partner, position)

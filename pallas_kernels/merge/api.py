@@ -50,8 +50,8 @@ def merge(
       assign: `[B, N]` slot that each token joins, in 0..M-1; -1 when it joins none.
       weight: `[B, N]` its coefficient there.
       slots: M.
-      odd_last: a promise that every odd token heads a slot, in order, and that those are the last slots; a kernel may then do half
-        of the work.
+      odd_last: a promise that every odd token heads a slot, in order, and that those are the last slots; a kernel may then
+        do half of the work.
       implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. On a GPU "xla" adds in
         no fixed order, so that slots of three tokens or more may differ in the last bit between runs.
 

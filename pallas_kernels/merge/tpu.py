@@ -3,8 +3,8 @@
 
 A sequence of up to `_WHOLE` tokens is one tile, read once and written once. Longer ones are cut into tiles of tokens and
 of slots, and pairs that no token joins are skipped without a copy. Bfloat16 rows meet bfloat16 weights; what rounding adds to
-the weights of a slot is taken out of its sum, so that a mean stays a mean. `tpu_narrow` takes rows of a few numbers, `tpu_pairs` merges
-of pairs.
+the weights of a slot is taken out of its sum, so that a mean stays a mean. `tpu_narrow` takes rows of a few numbers,
+`tpu_pairs` merges of pairs.
 
 Shapes: B batch, N tokens, M slots, D features, T tiles of tokens, S tiles of slots.
 """

@@ -2,8 +2,8 @@
 """Merging where every odd token heads a slot and those are the last slots, on the TPU: half of the product.
 
 Two bfloat16 rows, an even and an odd one, lie in each word of a register, so that they come apart for free. The even rows go
-through the product; each odd row is added to a slot whose place is known. What rounding adds to weights is taken out of the sums,
-as in the general kernel.
+through the product; each odd row is added to a slot whose place is known. What rounding adds to weights is taken out of the
+sums, as in the general kernel.
 
 Shapes: B batch, N tokens, A even tokens, K odd ones, M slots, D features.
 """

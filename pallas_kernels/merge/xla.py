@@ -23,7 +23,10 @@ def merge(
     slots: int,
     odd_last: bool = False,
 ) -> Float[Array, "B M D"]:
-    """Every token is added to its slot: N D multiply-adds, where the product with the matrix takes M N D; `odd_last` saves nothing here."""
+    """Every token is added to its slot: N D multiply-adds, where the product with the matrix takes M N D.
+
+    `odd_last` saves nothing here.
+    """
     product = functools.partial(reference.merge, slots=slots)
     segments = functools.partial(_segments, slots=slots)
     return jax.lax.platform_dependent(values, assign, weight, tpu=product, default=segments)

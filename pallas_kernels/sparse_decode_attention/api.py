@@ -99,8 +99,8 @@ def pack_tokens(
 def _check(query, key_pages, value_pages, pages, lengths, bias, sinks) -> None:
     if query.ndim != 4 or key_pages.ndim not in (4, 5) or pages.ndim != 3:
         raise ValueError(
-            f"query must be [B, T, H, d], key_pages [G, P, S, d] or [B, G, P, S, d], pages [B, G, L]; got {query.shape}, {key_pages.shape}, "
-            f"{pages.shape}"
+            f"query must be [B, T, H, d], key_pages [G, P, S, d] or [B, G, P, S, d], pages [B, G, L]; got {query.shape}, "
+            f"{key_pages.shape}, {pages.shape}"
         )
     (batch, _, heads, width), groups = query.shape, key_pages.shape[-4]
     lead = key_pages.shape[:-4]
@@ -111,8 +111,8 @@ def _check(query, key_pages, value_pages, pages, lengths, bias, sinks) -> None:
         or value_pages.shape != key_pages.shape
     ):
         raise ValueError(
-            f"key_pages and value_pages must be [G, P, S, {width}] or [{batch}, G, P, S, {width}] with G dividing {heads}; got {key_pages.shape} and "
-            f"{value_pages.shape}"
+            f"key_pages and value_pages must be [G, P, S, {width}] or [{batch}, G, P, S, {width}] with G dividing {heads}; got "
+            f"{key_pages.shape} and {value_pages.shape}"
         )
     if pages.shape[:2] not in ((batch, groups), (batch, 1)) or lengths.shape != pages.shape[:2] or 0 in pages.shape:
         raise ValueError(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse decoding on the TPU: a step copies a block of listed pages into on-chip memory while the block before it is worked.
 
-The list is prefetched into scalar memory and every page is a copy of its own, all of a block under way at once; the next block may
-belong to the next key head, or the next sequence, so that only the very first one is waited for. Blocks past a list's end do
-not exist: neither copies nor work. Copies are started by hand, as the grid's own pipeline spends hundreds of cycles on
-each input of a step and would need an input for every page.
+The list is prefetched into scalar memory and every page is a copy of its own, all of a block under way at once; the next block
+may belong to the next key head, or the next sequence, so that only the very first one is waited for. Blocks past a list's end
+do not exist: neither copies nor work. Copies are started by hand, as the grid's own pipeline would need an input for every page
+and spends more than a hundred cycles on each in every step.
 
 Shapes: B batch, G key heads, R rows that share keys, d head width, P pages, S slots of a page, L pages listed.
 """

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from adaptive.sparsity.decoding import SinkWindow
 from layers import generation
 from layers.decoder_lm import DecoderLM
+from layers.mixture_of_depths import MixtureOfDepths
 
 MODEL = DecoderLM(vocab_size=11, width=16, depth=2, heads=4, mlp_dim=24, kv_heads=2, head_dim=6, qkv_bias=True)
 IDS = jnp.asarray(np.random.default_rng(0).integers(2, 11, size=(3, 9)))
@@ -103,3 +105,38 @@ def test_what_does_not_fit_is_refused():
         MODEL.apply(VARIABLES, cache, first, 2, method="decode_step")
     with pytest.raises(ValueError, match=r"\[B, N\], alike; got \(3, 9\) and \(3, 8\)"):
         generation.prefill(MODEL, 2, VARIABLES, IDS, jnp.ones((3, 8)))
+
+
+def test_pages_that_hold_every_token_change_nothing():
+    model = MODEL.clone(reads=SinkWindow(sinks=0, window=16, page=16))
+    given, mask = prompts("left")
+    (plain, ids), (paged, _) = (generation.prefill(one, 4, VARIABLES, given, mask) for one in (MODEL, model))
+    assert (plain.memories[0].keys.shape[2], paged.memories[0].keys.shape[2]) == (9, 16)
+    for position in range(2):
+        want, plain = MODEL.apply(VARIABLES, plain, ids, position, method="decode_step")
+        got, paged = model.apply(VARIABLES, paged, ids, position, method="decode_step")
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_pages_between_the_sinks_and_the_window_are_not_read():
+    model = MODEL.clone(reads=SinkWindow(sinks=1, window=16, page=16))
+    cache, ids = generation.prefill(model, 50, VARIABLES, *prompts("right"))
+    assert cache.memories[0].keys.shape[2] == 64
+
+    @jax.jit
+    def step(cache):
+        return model.apply(VARIABLES, cache, ids, 45, method="decode_step")[0]
+
+    def filled(page, value):
+        rows = slice(16 * page, 16 * page + 16)
+        return cache.replace(memories=jax.tree.map(lambda leaf: leaf.at[:, :, rows].set(value), cache.memories))
+
+    # Slot 50 stands in page 3; a window of 16 may begin in page 2.
+    np.testing.assert_array_equal(step(filled(1, jnp.nan)), step(cache))
+    for page in (0, 2, 3):
+        assert np.max(abs(step(filled(page, 1.0)) - step(cache))) > 1e-3
+
+
+def test_routed_blocks_have_no_pages():
+    with pytest.raises(ValueError, match="set routing or reads"):
+        MODEL.clone(reads=SinkWindow(), routing=MixtureOfDepths()).apply(VARIABLES, IDS)

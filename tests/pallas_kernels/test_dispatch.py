@@ -54,3 +54,10 @@ def test_a_name_insists():
         dispatch.call("op", there, "tpu")
     with pytest.raises(ValueError, match="implementation='cuda'"):
         dispatch.call("op", there, "cuda")
+
+
+def test_what_is_compiled_for_another_platform_gets_its_implementation():
+    implementations = {"tpu": lambda: "tpu", "xla": lambda: "xla"}
+    with dispatch.compiled_for("tpu"):
+        assert dispatch.call("op", implementations, None) == "tpu"
+    assert dispatch.call("op", implementations, None) == "xla"

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels.merge import merge, reference, restore, specs, tpu
+from pallas_kernels.merge import merge, reference, restore, specs, tpu, tpu_pairs
 from tests.pallas_kernels import tpu_compiler
 
 IMPLEMENTATIONS = ("xla", "interpret", "gpu_interpret")
@@ -95,6 +95,45 @@ class TestImplementation:
         )
 
 
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_a_few_numbers_a_token_are_summed_in_float32(width):
+    rng = np.random.default_rng(width)
+    # Numbers that bfloat16 would round, and far apart.
+    values = jnp.asarray(
+        rng.normal(size=(BATCH, LENGTH, width)) * 10.0 ** rng.integers(-3, 4, (1, 1, width)), jnp.float32
+    )
+    assign = jnp.asarray(rng.integers(-1, SLOTS, (BATCH, LENGTH)), jnp.int32)
+    weight = arrays()[2]
+    got = merge(values, assign, weight, SLOTS, implementation="interpret")
+    error = abs(got - loop(values, assign, weight, SLOTS)) / np.max(abs(values), axis=(0, 1))
+    assert np.max(error) < 1e-6
+
+
+def odd_last(length, removed, width, seed):
+    """Rows, slots and weights in which odd tokens head the last slots and `removed` even ones join them."""
+    rng = np.random.default_rng(seed)
+    even, odd = -(-length // 2), length // 2
+    assign = np.zeros((BATCH, length), np.int32)
+    for row in assign:
+        order = rng.permutation(even)
+        row[1::2] = even - removed + np.arange(odd)
+        row[2 * order[:removed]] = even - removed + rng.integers(0, odd, removed)
+        row[2 * order[removed:]] = np.arange(even - removed)
+    values = jnp.asarray(rng.normal(size=(BATCH, length, width)), jnp.bfloat16)
+    return values, jnp.asarray(assign), jnp.asarray(rng.random((BATCH, length)), jnp.float32), length - removed
+
+
+@pytest.mark.parametrize(("length", "removed", "width"), [(13, 3, 256), (14, 7, 128), (33, 0, 384), (16, 8, 128)])
+def test_where_odd_tokens_head_the_last_slots_half_of_the_product_is_enough(length, removed, width):
+    values, assign, weight, slots = odd_last(length, removed, width, length)
+    assert tpu_pairs.takes(values, slots)
+    want = loop(values.astype(jnp.float32), assign, weight, slots)
+    size = loop(abs(values.astype(jnp.float32)), assign, weight, slots)
+    got = merge(values, assign, weight, slots, odd_last=True, implementation="interpret")
+    assert got.dtype == jnp.bfloat16
+    assert np.all(abs(np.asarray(got, np.float32) - want) <= 3 * 2**-9 * size)
+
+
 @functools.cache
 def tiled():
     def run(assign, values, moved, weight):
@@ -157,6 +196,19 @@ def _both_ways(spec):
     shape = (spec.batch, spec.tokens)
     kinds = [((*shape, spec.width), spec.dtype), (shape, jnp.int32), (shape, jnp.float32)]
     return run, *(jax.ShapeDtypeStruct(*kind) for kind in kinds)
+
+
+@pytest.mark.parametrize("chip", tpu_compiler.CHIPS)
+def test_merges_of_pairs_and_of_few_numbers_compile_for_every_tpu(chip):
+    spec = specs.NAMED["vit_large_577"]
+
+    def run(values, numbers, assign, weight):
+        options = {"slots": spec.slots, "implementation": "tpu"}
+        return merge(values, assign, weight, odd_last=True, **options), merge(numbers, assign, weight, **options)
+
+    shape = (spec.batch, spec.tokens)
+    kinds = [((*shape, spec.width), spec.dtype), ((*shape, 3), jnp.float32), (shape, jnp.int32), (shape, jnp.float32)]
+    assert tpu_compiler.kernels(chip, run, *(jax.ShapeDtypeStruct(*kind) for kind in kinds)) == 2
 
 
 @pytest.mark.parametrize("chip", tpu_compiler.CHIPS)

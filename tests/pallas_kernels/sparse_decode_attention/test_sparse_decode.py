@@ -151,6 +151,26 @@ def test_pages_of_a_step(slots, listed, many):
     assert tpu.block_pages(slots, listed) == many
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_plain_cache_in_another_shape_is_pages_of_each_row(implementation):
+    rng = np.random.default_rng(2)
+    keys, values = (jnp.asarray(rng.normal(size=(B, G, P * S, D)), jnp.float32) for _ in range(2))
+    query, _, _, pages, *_ = inputs()
+    bias, lengths = jnp.asarray(rng.normal(size=(B, G, P * S)), jnp.float32), jnp.asarray(RAGGED)
+    own = [array.reshape(B, G, P, S, *array.shape[3:]) for array in (keys, values, bias)]
+    got = jax.jit(functools.partial(sparse_decode_attention, implementation=implementation))(
+        query, own[0], own[1], pages, lengths, bias=own[2]
+    )
+    # The same pages in one pool: those of row b are b P + page.
+    pool = [jnp.moveaxis(array, 0, 1).reshape(G, B * P, S, *array.shape[4:]) for array in own]
+    listed = pages + P * jnp.arange(B)[:, None, None]
+    want = reference.sparse_decode_attention(
+        query, pool[0], pool[1], listed, lengths, bias=pool[2], sinks=None, scale=D**-0.5
+    )
+    for first, second in zip(got, want, strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
 def test_selected_tokens_make_pages_of_their_own():
     rng = np.random.default_rng(1)
     cache = [jnp.asarray(rng.normal(size=(B, G, 40, D)), jnp.float32) for _ in range(2)]

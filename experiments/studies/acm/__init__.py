@@ -83,7 +83,12 @@ SUITES: dict[str, dict[str, Any]] = {
         },
     ),
     "quick": dict(
-        seeds=(0, 1, 2), repeats=7, evaluated=0, images={**_IMAGES, "ablations": True}, text=_TEXT, cifar10=_CIFAR10
+        seeds=(0, 1, 2),
+        repeats=7,
+        evaluated=0,
+        images={**_IMAGES, "ablations": True},
+        text={**_TEXT, "seeds": (0, 1)},
+        cifar10=_CIFAR10,
     ),
     "full": dict(
         seeds=(0, 1, 2),

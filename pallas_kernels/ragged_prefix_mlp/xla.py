@@ -20,9 +20,9 @@ from pallas_kernels.ragged_prefix_mlp.sort import permute
 
 # Rows of a tile in a loop over one unit.
 _TILE = 128
-# Rows of large and small tiles of the staircase: large ones reuse more of what they read, small ones waste less at the end of a
-# level. Each divides the one before.
-_TILES = (128, 32)
+# Rows of the staircase's tiles, each a divisor of the one before: large ones reuse more of what they read, small ones waste
+# less at the end of a level.
+_TILES = (256, 64, 32)
 # How a tile's rows are gathered and put back: their places are in bounds, and no two are the same.
 _EACH_ONCE = {"mode": "promise_in_bounds", "unique_indices": True}
 

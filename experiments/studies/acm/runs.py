@@ -30,7 +30,8 @@ class Runs:
 
     Attributes:
       context: of the study; part: folder of the runs.
-      settings: of the part: `config`, `overrides`, and `arg` of the config file where it takes one.
+      settings: of the part: `config`, `overrides`, `arg` of the config file where it takes one, and `evaluated` where it looks
+        at another number of batches than the suite (0: all).
       made: parameters that several rows start from, once they are.
     """
 
@@ -99,7 +100,8 @@ class Runs:
         self.context.say(f"evaluating {group}-seed{self.seed}")
         dataset = self.dataset() if dataset is None else dataset()
         program = train.build_program(self.config(), task, dataset.spec)
-        options = dict(batches=self.context.settings["evaluated"] or None, repeats=self.context.settings["repeats"])
+        evaluated = self.settings.get("evaluated", self.context.settings["evaluated"])
+        options = dict(batches=evaluated or None, repeats=self.context.settings["repeats"])
         found = assess(program, task, params, task.init_extra(), dataset, speed=speed, **options)
         load = loads(found)
         plain = {name: float(v) for name, v in found.items() if isinstance(v, float | np.floating)}

@@ -56,6 +56,37 @@ def test_it_makes_tables_plots_and_pictures_and_continues(tmp_path):
     assert (results / "rows.jsonl").read_text() == first
 
 
+class Recorded:
+    """Runs and phases that note which of them are trained."""
+
+    def __init__(self):
+        self.trained = []
+        self.phases = lambda config: self
+        self.teacher = lambda: "teacher"
+        self.gated = lambda *given: self.note("gated", given)
+        self.distilled = lambda *given: self.note("distilled", given)
+
+    def note(self, phase, given):
+        self.trained.append((phase, given[-1] if given else "shared"))
+        return phase
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("without diversity", [("gated", "shared")]),
+        ("distillation loss at the end", [("gated", "shared")]),
+        ("without gate pre-training", [("distilled", "shared"), ("gated", "own-gated")]),
+        ("without distillation", [("distilled", "own-distilled"), ("gated", "own-gated")]),
+        ("8 learners", [("distilled", "own-distilled"), ("gated", "own-gated")]),
+    ],
+)
+def test_ablations_share_the_phases_that_they_do_not_change(name, trained):
+    recorded = Recorded()
+    assert images._before_last_phase(recorded, None, images.ABLATIONS[name], "own") == "gated"
+    assert recorded.trained == trained
+
+
 def row(method, mmacs, accuracy, seed=0):
     return {"method": method, "mmacs": mmacs, "accuracy": accuracy, "seed": seed}
 

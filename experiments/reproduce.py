@@ -7,7 +7,8 @@
     python -m experiments.reproduce --suite=quick --only=mrt5 --data text=FOLDER
 
 `headline` takes at most 10 minutes on two CPU cores; `quick` up to 20 minutes a study, with three seeds; `full` is for an
-accelerator. Starting the same command again continues: runs resume from their checkpoints, rows that exist are kept.
+accelerator. Starting the same command again continues: runs resume from their checkpoints, rows beside them are kept. Rows in
+`results/` alone, as a clone brings them, are made again.
 
 `--data NAME=FOLDER` gives a study data that are not embedded; without them its tables say "not run".
   text     files LANG_*.txt.gz with text in several languages (mrt5)

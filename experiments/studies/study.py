@@ -26,10 +26,13 @@ class Rows:
     """Rows in a JSON lines file, each under a unique id; a row that is there for the same config is not made again.
 
     A torn last line, left by a kill, is dropped.
+
+    Attributes:
+      path: of the file that is read and written; copy: of another one with the same rows, which is never read, or None.
     """
 
-    def __init__(self, path: epath.Path):
-        self.path = path
+    def __init__(self, path: epath.Path, copy: epath.Path | None = None):
+        self.path, self.copy = path, copy
         self._rows: dict[str, dict[str, Any]] = {}
         if path.exists():
             for line in path.read_text().splitlines():
@@ -66,11 +69,13 @@ class Rows:
         return list(self._rows.values())
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.parent / (self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
-        # A rename is atomic, so a kill leaves the old file or the new one.
-        temporary.replace(self.path)
+        text = "".join(json.dumps(row) + "\n" for row in self._rows.values())
+        for path in filter(None, (self.path, self.copy)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.parent / (path.name + ".tmp")
+            temporary.write_text(text)
+            # A rename is atomic, so a kill leaves the old file or the new one.
+            temporary.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +100,8 @@ class Context:
 
     @property
     def rows(self) -> Rows:
-        """The study's rows."""
-        return Rows(self.results / "rows.jsonl")
+        """The study's rows: those whose runs are here. Results of others, as a clone brings them, are made again."""
+        return Rows(self.runs / "rows.jsonl", self.results / "rows.jsonl")
 
     @staticmethod
     def config(name: str, arg: str = "") -> ConfigDict:

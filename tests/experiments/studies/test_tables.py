@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.studies import plots, readme, tables
-from experiments.studies.study import Rows
+from experiments.studies.study import Context, Rows
 
 ROWS = [
     {"group": "a", "method": "a", "score": 1.0, "config_hash": "h1", "seed": 0, "command": "run a"},
@@ -68,6 +68,19 @@ def test_a_torn_last_row_is_made_again_and_stale_rows_leave(tmp_path):
     rows = Rows(path)
     assert [row["id"] for row in rows.keep(["y", "x"])] == ["y", "x"]
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["y", "x"]
+
+
+def test_rows_that_a_clone_brings_are_made_again_since_their_runs_are_not_there(tmp_path):
+    folder = epath.Path(tmp_path)
+
+    def context(runs):
+        return Context("tome", "test", {}, folder / "results", folder / runs, print)
+
+    config = ConfigDict({"seed": 0})
+    context("runs").rows.make("x", config, lambda: {"value": 1})
+    assert context("runs").rows.make("x", config, lambda: {"value": 2})["value"] == 1
+    assert context("elsewhere").rows.make("x", config, lambda: {"value": 2})["value"] == 2
+    assert json.loads((folder / "results" / "rows.jsonl").read_text())["value"] == 2
 
 
 def test_marked_blocks_of_a_document_follow_their_files(tmp_path):

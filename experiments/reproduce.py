@@ -7,8 +7,8 @@
     python -m experiments.reproduce --suite=quick --only=mrt5 --data text=FOLDER
 
 `headline` takes about 20 minutes on four CPU cores; `quick` 20 to 60 minutes a study on one or two, with three seeds; `full`
-is for an accelerator. Starting the same command again continues: runs resume from their checkpoints, rows beside them are kept. Rows in
-`results/` alone, as a clone brings them, are made again.
+is for an accelerator. Starting the same command again continues: runs resume from their checkpoints, rows beside them are
+kept. Rows in `results/` alone, as a clone brings them, are made again.
 
 `--data NAME=FOLDER` gives a study data that are not embedded; without them its tables say "not run".
   text     files LANG_*.txt.gz with text in several languages (mrt5)

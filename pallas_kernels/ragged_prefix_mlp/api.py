@@ -93,6 +93,8 @@ def ragged_prefix_mlp(
         raise ValueError(f"places must be two of [R] = {rows.shape[:1]}; got {[place.shape for place in places]}")
     if base is not None and (base.shape, base.dtype) != ((rows.shape[0], down.shape[1]), rows.dtype):
         raise ValueError(f"base must be [R, E] in {rows.dtype}; got {base.dtype} {base.shape}")
+    # NumPy arrays have no updates in place, which the loops make.
+    rows, up, bias, down = map(jnp.asarray, (rows, up, bias, down))
     options = {"activation": activation, "places": places, "base": base}
     return dispatch.call("ragged_prefix_mlp", _MLP, implementation, rows, counts, up, bias, down, **options)
 

@@ -38,12 +38,12 @@ _ROWS, _WIDTH = 64, 256
 
 def sparse_decode_attention(
     query: Float[Array, "B T H d"],
-    key_pages: Float[Array, "G P S d"],
-    value_pages: Float[Array, "G P S d"],
+    key_pages: Float[Array, "*b G P S d"],
+    value_pages: Float[Array, "*b G P S d"],
     pages: Int[Array, "B g L"],
     lengths: Int[Array, "B g"],
     *,
-    bias: Float[Array, "G P S"] | None,
+    bias: Float[Array, "*b G P S"] | None,
     sinks: Float[Array, " H"] | None,
     scale: float,
     interpret: Any = False,
@@ -53,7 +53,7 @@ def sparse_decode_attention(
     Raises:
       NotImplementedError: heads wider than 256, more than 64 query rows that share a key head, or 2^31 numbers in the cache.
     """
-    (groups, count, slots, width), (batch, _, listed) = key_pages.shape, pages.shape
+    (groups, count, slots, width), (batch, _, listed) = key_pages.shape[-4:], pages.shape
     if width > _WIDTH:
         raise NotImplementedError(f"the GPU kernel takes heads of up to {_WIDTH}; got pages {key_pages.shape}")
     stacked = stack(query, groups).astype(key_pages.dtype)
@@ -64,15 +64,17 @@ def sparse_decode_attention(
     runs = max(1, min(_PROGRAMS // (batch * groups), listed * slots // _RUN))
     args = {
         "query": jnp.pad(stacked, ((0, 0), (0, 0), (0, tall - rows), (0, wide - width))),
-        "key": key_pages.reshape(groups, count * slots, width),
-        "value": value_pages.reshape(groups, count * slots, width),
+        "key": key_pages.reshape(-1, groups, count * slots, width),
+        "value": value_pages.reshape(-1, groups, count * slots, width),
         "pages": pages,
         "lengths": lengths,
     }
     guarded.addressable("sparse_decode_attention", args)
     own = 1 if pages.shape[1] > 1 else 0
+    # A cache of each row's own, or one pool for all.
+    apart = 1 if key_pages.ndim == 5 else 0
     # Wider than the pages where their width is no power of two; what lies beyond is never read.
-    pool = pl.BlockSpec((None, count * slots, wide), lambda run, group, row: (group, 0, 0))
+    pool = pl.BlockSpec((None, None, count * slots, wide), lambda run, group, row: (row * apart, group, 0, 0))
     specs = {
         "query": pl.BlockSpec((None, None, tall, wide), lambda run, group, row: (row, group, 0, 0)),
         "key": pool,
@@ -81,8 +83,8 @@ def sparse_decode_attention(
         "lengths": pl.BlockSpec(lengths.shape, lambda run, group, row: (0, 0)),
     }
     if bias is not None:
-        args["bias"] = bias.astype(jnp.float32).reshape(groups, count * slots) * LOG2E
-        specs["bias"] = pl.BlockSpec((None, count * slots), lambda run, group, row: (group, 0))
+        args["bias"] = bias.astype(jnp.float32).reshape(-1, groups, count * slots) * LOG2E
+        specs["bias"] = pl.BlockSpec((None, None, count * slots), lambda run, group, row: (row * apart, group, 0))
     out, lse = pl.pallas_call(
         functools.partial(_kernel, slots=slots, rows=rows, width=width, own=own, factor=scale * LOG2E),
         grid=(runs, groups, batch),

@@ -131,7 +131,7 @@ def test_only_runs_that_have_a_decoder_and_text_can_generate(tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(digits.get_config("runlocal").to_json())
     assert generate.main([f"--workdir={tmp_path}", "--text=a"]) == 2
-    assert "only the tasks seq2seq and language_modelling generate text" in capsys.readouterr().err
+    assert "only the tasks seq2seq, language_modelling and duo generate text" in capsys.readouterr().err
 
 
 def test_help_shows_examples(capsys):

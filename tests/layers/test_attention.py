@@ -285,8 +285,10 @@ def test_what_cannot_be_is_refused():
         Attention(H).init(jax.random.key(0), _x(), causal=True, signals=("cls_attention",))
     with pytest.raises(ValueError, match="5 heads do not divide a width of 16"):
         Attention(5).init(jax.random.key(0), _x())
-    with pytest.raises(NotImplementedError, match="no 'gpu' implementation"):
-        Attention(H, implementation="gpu").init(jax.random.key(0), _x())
+    with pytest.raises(ValueError, match="implementation='cuda' is not one of"):
+        Attention(H, implementation="cuda").init(jax.random.key(0), _x())
+    with pytest.raises(NotImplementedError, match="bias"):
+        Attention(H, implementation="gpu").init(jax.random.key(0), _x(), bias=jnp.zeros((1, H, N, N)))
 
 
 @pytest.mark.parametrize("context", [None, 9])

@@ -179,6 +179,14 @@ def test_loops_cover_every_row_with_its_units_and_little_more(counts, length):
     assert (done - need)[length % small or small :].sum() < small * len(counts)
 
 
+def test_numpy_arrays_are_taken_outside_of_jit():
+    own = {name: np.asarray(value) for name, value in params().items()}
+    arguments = (own["rows"], jnp.array([20, 9]), own["up"], own["bias"], own["down"])
+    got = ragged_prefix_mlp(*arguments, implementation="xla")
+    want = reference.ragged_prefix_mlp(*map(jnp.asarray, arguments), activation="gelu_tanh")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_in_any_order_stay_where_they_are_and_are_added_to_a_base(implementation):
     need = jnp.asarray(np.random.default_rng(2).integers(0, 3, ROWS))

@@ -217,7 +217,7 @@ def test_what_the_kernel_cannot_take_is_refused(implementation, change, message)
         ({"rows": 65, "heads": 2}, "up to 64 query rows that share a key head; got 65"),
         (
             {"pages": 2**22, "slots": 64, "width": 128},
-            r"key is \(2, 268435456, 128\): split the batch, or the heads, by 33",
+            r"key is \(1, 2, 268435456, 128\): split the batch, or the heads, by 33",
         ),
     ],
 )

@@ -69,6 +69,7 @@ def _row(
     macs = [flops.Count(model.macs(**sizes)).macs, flops.Count(model.macs(**sizes, **uses)).macs]
     return {
         "shape": f"{ids.shape[0]}x{ids.shape[1]} tokens, {model.layers} layers of width {model.width}",
+        "part": "forward, {:g} skip, {:g} small, {:g} big".format(*shares),
         "shares": dict(zip(duo.CHOICES, shares, strict=True)),
         "device": measure.device_name(),
         "dtype": "float32",
@@ -93,6 +94,7 @@ def _decode_row(options: argparse.Namespace, model: DuoLM, params: Any, ids: Any
     macs = [flops.Count(model.macs(**sizes, **uses)).macs for uses in ({}, {"big": big, "small": model.layers - big})]
     return {
         "shape": f"{batch}x{options.tokens}+{steps} tokens, {model.layers} layers of width {model.width}",
+        "part": f"decoding, {share:g} big",
         "decoded": steps,
         "share": share,
         "big": round(big / model.layers, 3),

@@ -22,7 +22,7 @@ from experiments.aot import compiler, kernels, schedule
 from layers.hooks import Reduce
 from layers.vit import SHAPES, Block
 from pallas_kernels import ragged_prefix_mlp as prefix
-from pallas_kernels.biased_flash_attention.tpu import all_blocks
+from pallas_kernels.biased_flash_attention import tpu as biased
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention, from_block_mask, tpu_plan
 from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
@@ -365,7 +365,8 @@ def _layer_cycles(found: kernels.Scheduled, tokens: int, scope: str) -> float:
         if scope not in place:
             continue
         if "block_sparse" in program.name:
-            total += attention_cycles(program, all_blocks(tokens, tokens, False), 64, causal=False)["total"]
+            blocks = biased.KERNELS.all_blocks(tokens, tokens, False)
+            total += attention_cycles(program, blocks, 64, causal=False)["total"]
         else:
             total += program.cycles()
     return total

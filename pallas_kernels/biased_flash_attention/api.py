@@ -19,17 +19,17 @@ STATISTICS = ("sum", "max")
 _INTERPRET = {"interpret": pltpu.InterpretParams()}
 _GPU_INTERPRET = {"interpret": True}
 _ATTENTION = {
-    "tpu": tpu.biased_attention,
-    "interpret": functools.partial(tpu.biased_attention, **_INTERPRET),
-    "gpu": gpu.biased_attention,
-    "gpu_interpret": functools.partial(gpu.biased_attention, **_GPU_INTERPRET),
+    "tpu": tpu.KERNELS.biased_attention,
+    "interpret": functools.partial(tpu.KERNELS.biased_attention, **_INTERPRET),
+    "gpu": gpu.KERNELS.biased_attention,
+    "gpu_interpret": functools.partial(gpu.KERNELS.biased_attention, **_GPU_INTERPRET),
     "xla": xla.biased_attention,
 }
 _STATISTICS = {
-    "tpu": tpu.attention_column_stats,
-    "interpret": functools.partial(tpu.attention_column_stats, **_INTERPRET),
-    "gpu": gpu.attention_column_stats,
-    "gpu_interpret": functools.partial(gpu.attention_column_stats, **_GPU_INTERPRET),
+    "tpu": tpu.KERNELS.attention_column_stats,
+    "interpret": functools.partial(tpu.KERNELS.attention_column_stats, **_INTERPRET),
+    "gpu": gpu.KERNELS.attention_column_stats,
+    "gpu_interpret": functools.partial(gpu.KERNELS.attention_column_stats, **_GPU_INTERPRET),
     "xla": xla.attention_column_stats,
 }
 

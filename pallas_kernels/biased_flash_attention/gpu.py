@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Biased attention and its column statistics for GPUs: the kernels of block-sparse attention over the list of all blocks.
+"""Biased attention and its column statistics for GPUs: block sizes, and the pass over columns.
 
-A list costs one scalar load a block, and a causal mask is the list of blocks up to the diagonal, with a mask on the last ones
-only. The column statistics are a second pass in which a program owns keys and walks the queries, with weights computed again
-from the log-sum-exp of the first pass: half the products of that.
+In that pass a program owns keys and walks the queries: half the products of the first pass.
 
 Shapes: B batch, Q queries, K keys, H heads, G key heads, d head width.
 """
@@ -15,125 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels.biased_flash_attention import xla
+from pallas_kernels.biased_flash_attention.over_blocks import Kernels
 from pallas_kernels.block_sparse_attention import gpu as sparse
 from pallas_kernels.block_sparse_attention import gpu_backward
 from pallas_kernels.block_sparse_attention import gpu_parts as parts
-from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.gpu_parts import LOG2E, Plan
-from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
+from pallas_kernels.block_sparse_attention.index import BlockIndex
 
 # The tallest tile of the kernels.
 _LARGEST = 128
 
 
-def biased_attention(
-    query: Float[Array, "B Q H d"],
-    key: Float[Array, "B K G d"],
-    value: Float[Array, "B K G d"],
-    *,
-    key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | None,
-    causal: bool,
-    softmax: str,
-    scale: float,
-    interpret: Any = False,
-) -> Float[Array, "B Q H d"]:
-    """Softmax in float32; products in the dtype of `query` with float32 accumulation.
-
-    Raises:
-      NotImplementedError: a `bias`, values of another width than the keys, or heads wider than 256.
-    """
-    _refuse_bias(bias)
-    if value.shape != key.shape:
-        raise NotImplementedError(f"values {value.shape} must be as wide as keys {key.shape}")
-    index = all_blocks(query.shape[1], key.shape[1], causal)
-    return attend(_passes(interpret), causal, scale, query, key, value, index, key_bias, _sinks(query, softmax))[0]
-
-
-def attention_column_stats(
-    query: Float[Array, "B Q H d"],
-    key: Float[Array, "B K G d"],
-    *,
-    key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | None,
-    causal: bool,
-    softmax: str,
-    scale: float,
-    query_weight: Float[Array, "B Q"] | None,
-    statistic: str,
-    interpret: Any = False,
-) -> Float[Array, "B H K"]:
-    """Two passes, one for the log-sum-exp of rows and one for the columns; the gradient is that of the plain form.
-
-    Raises:
-      NotImplementedError: a `bias`, or heads wider than 256.
-    """
-    _refuse_bias(bias)
-    return _column_stats((causal, softmax, scale, statistic, interpret), query, key, key_bias, query_weight)
-
-
-def all_blocks(queries: int, keys: int, causal: bool) -> BlockIndex:
-    """The list of all blocks, or of those up to the diagonal when `causal`, in blocks as large as tiles and lengths allow."""
-    block_q, block_k = (min(_LARGEST, max(parts.SMALLEST, pl.next_power_of_2(length))) for length in (queries, keys))
-    first = np.arange(-(-keys // block_k))[None, :] * block_k
-    last = np.minimum(np.arange(1, -(-queries // block_q) + 1)[:, None] * block_q, queries) - 1 + keys - queries
-    mask = (first <= last) | (not causal)
-    return from_block_mask(mask[None, None], queries=queries, keys=keys, block_q=block_q, block_k=block_k)
-
-
-def _refuse_bias(bias: Array | None) -> None:
-    if bias is not None:
-        raise NotImplementedError(f"a bias of all queries by all keys, {bias.shape}, has no GPU kernel; key_bias has")
-
-
-def _sinks(query: Array, softmax: str) -> Array | None:
-    return jnp.zeros(query.shape[2]) if softmax == "off_by_one" else None
-
-
-@functools.cache
-def _passes(interpret: Any) -> Passes:
-    """One object for each way to run, as the gradient rule is looked up by it."""
-    forward, backward = sparse.forward, gpu_backward.backward
-    return Passes(*(functools.partial(one, interpret=interpret) for one in (forward, backward)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _column_stats(static: tuple, query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
-    causal, softmax, scale, statistic, interpret = static
-    index = all_blocks(query.shape[1], key.shape[1], causal)
-    options = dict(causal=causal, scale=scale, interpret=interpret)
-    # The output of the first pass is not used; keys stand in for values.
-    _, lse = sparse.forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
-    lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
-    return _columns(query, key, index.transposed(), key_bias, lse, query_weight, statistic=statistic, **options)
-
-
-def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:
-    return _column_stats(static, *args), args
-
-
-def _stats_backward(static: tuple, args: Any, cotangent: Array) -> tuple[Any, ...]:
-    causal, softmax, scale, statistic, _ = static
-
-    def plain(query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
-        options = dict(bias=None, causal=causal, softmax=softmax, scale=scale, statistic=statistic)
-        return xla.attention_column_stats(query, key, key_bias=key_bias, query_weight=query_weight, **options)
-
-    return jax.vjp(plain, *args)[1](cotangent)
-
-
-_column_stats.defvjp(_stats_forward, _stats_backward)
-
-
 def _columns(
     query: Float[Array, "B Q H d"],
     key: Float[Array, "B K G d"],
-    back: BlockIndex,
+    index: BlockIndex,
     key_bias: Float[Array, "B K"] | None,
     lse: Float[Array, "B H Q"],
     query_weight: Float[Array, "B Q"] | None,
@@ -143,8 +40,9 @@ def _columns(
     statistic: str,
     interpret: Any,
 ) -> Float[Array, "B H K"]:
-    """Statistics of the weights given the log-sum-exp of rows in base 2; `back` lists the queries of keys."""
+    """Statistics of the weights given the log-sum-exp of rows in base 2."""
     (batch, rows, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
+    back = index.transposed()
     plan = parts.make_plan(back, *parts.sizes("forward", width, dtype))
     share = heads // groups
     weight = jnp.ones((batch, rows)) if query_weight is None else query_weight
@@ -199,3 +97,11 @@ def _kernel(refs: dict[str, Any], out_ref: Any, *, plan: Plan, causal: bool, fac
         return total + jnp.sum(weights, axis=1)
 
     out_ref[...] = parts.walk(refs, place, plan, work, jnp.zeros((plan.own,), jnp.float32))
+
+
+def _block(length: int) -> int:
+    """As large as tiles and the length allow."""
+    return min(_LARGEST, max(parts.SMALLEST, pl.next_power_of_2(length)))
+
+
+KERNELS = Kernels("GPU", sparse.forward, gpu_backward.backward, _columns, _block)

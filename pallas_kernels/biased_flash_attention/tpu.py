@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Biased attention and its column statistics for TPUs: the kernels of block-sparse attention over the list of all blocks.
-
-A dense kernel of its own would do the same work: lists cost a few scalar instructions a block, and a causal mask is the list of
-blocks up to the diagonal. The column statistics are a second pass over the keys, with weights computed again from the
-log-sum-exp of the first, since a weight is only known when its row is done.
+"""Biased attention and its column statistics for TPUs: block sizes, and the pass over columns.
 
 Shapes: B batch, Q queries, K keys, H heads, G key heads, d head width.
 """
@@ -15,124 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.biased_flash_attention import xla
+from pallas_kernels.biased_flash_attention.over_blocks import Kernels
 from pallas_kernels.block_sparse_attention import tpu as sparse
 from pallas_kernels.block_sparse_attention import tpu_backward, tpu_plan
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
-from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
-from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
+from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LANES, LOG2E, Plan
 
 # Block sizes and the time of a padded row in each, by the compiler's schedules for v5e.
 _BLOCKS = {512: 1.0, 384: 1.0, 256: 1.07, 128: 1.12}
-
-
-def biased_attention(
-    query: Float[Array, "B Q H d"],
-    key: Float[Array, "B K G d"],
-    value: Float[Array, "B K G d"],
-    *,
-    key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | None,
-    causal: bool,
-    softmax: str,
-    scale: float,
-    interpret: Any = False,
-) -> Float[Array, "B Q H d"]:
-    """Softmax in float32; products in the dtype of `query` with float32 accumulation.
-
-    Raises:
-      NotImplementedError: a `bias`, values of another width than the keys, or keys that do not fit in VMEM.
-    """
-    _refuse_bias(bias)
-    if value.shape != key.shape:
-        raise NotImplementedError(f"values {value.shape} must be as wide as keys {key.shape}")
-    index = all_blocks(query.shape[1], key.shape[1], causal)
-    return attend(_passes(interpret), causal, scale, query, key, value, index, key_bias, _sinks(query, softmax))[0]
-
-
-def attention_column_stats(
-    query: Float[Array, "B Q H d"],
-    key: Float[Array, "B K G d"],
-    *,
-    key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | None,
-    causal: bool,
-    softmax: str,
-    scale: float,
-    query_weight: Float[Array, "B Q"] | None,
-    statistic: str,
-    interpret: Any = False,
-) -> Float[Array, "B H K"]:
-    """Two passes, one for the log-sum-exp of rows and one for the columns; the gradient is that of the plain form.
-
-    Raises:
-      NotImplementedError: a `bias`, or rows of a head that do not fit in VMEM.
-    """
-    _refuse_bias(bias)
-    static = (causal, softmax, scale, statistic, interpret)
-    return _column_stats(static, query, key, key_bias, query_weight)
-
-
-def all_blocks(queries: int, keys: int, causal: bool) -> BlockIndex:
-    """The list of all blocks, or of those up to the diagonal when `causal`, in the block sizes that suit the lengths."""
-    block_q, block_k = (
-        min(_BLOCKS, key=lambda size: -(-length // size) * size * _BLOCKS[size]) for length in (queries, keys)
-    )
-    first = np.arange(-(-keys // block_k))[None, :] * block_k
-    last = np.minimum(np.arange(1, -(-queries // block_q) + 1)[:, None] * block_q, queries) - 1 + keys - queries
-    mask = (first <= last) | (not causal)
-    return from_block_mask(mask[None, None], queries=queries, keys=keys, block_q=block_q, block_k=block_k)
-
-
-def _refuse_bias(bias: Array | None) -> None:
-    if bias is not None:
-        raise NotImplementedError(f"a bias of all queries by all keys, {bias.shape}, has no TPU kernel; key_bias has")
-
-
-def _sinks(query: Array, softmax: str) -> Array | None:
-    return jnp.zeros(query.shape[2]) if softmax == "off_by_one" else None
-
-
-@functools.cache
-def _passes(interpret: Any) -> Passes:
-    """One object for each way to run, as the gradient rule is looked up by it."""
-    forward, backward = sparse.forward, tpu_backward.backward
-    return Passes(*(functools.partial(one, interpret=interpret) for one in (forward, backward)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _column_stats(static: tuple, query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
-    causal, softmax, scale, statistic, interpret = static
-    index = all_blocks(query.shape[1], key.shape[1], causal)
-    options = dict(causal=causal, interpret=interpret)
-    # The output of the first pass is not used; keys stand in for values.
-    _, lse = sparse.forward(query, key, key, index, key_bias, _sinks(query, softmax), scale=scale, **options)
-    lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
-    scaled = (query.astype(jnp.float32) * (scale * LOG2E)).astype(query.dtype)
-    return _columns(scaled, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
-
-
-def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:
-    return _column_stats(static, *args), args
-
-
-def _stats_backward(static: tuple, args: Any, cotangent: Array) -> tuple[Any, ...]:
-    causal, softmax, scale, statistic, _ = static
-
-    def plain(query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
-        options = dict(bias=None, causal=causal, softmax=softmax, scale=scale, statistic=statistic)
-        return xla.attention_column_stats(query, key, key_bias=key_bias, query_weight=query_weight, **options)
-
-    return jax.vjp(plain, *args)[1](cotangent)
-
-
-_column_stats.defvjp(_stats_forward, _stats_backward)
 
 
 def _columns(
@@ -144,10 +35,12 @@ def _columns(
     query_weight: Float[Array, "B Q"] | None,
     *,
     causal: bool,
+    scale: float,
     statistic: str,
     interpret: Any,
 ) -> Float[Array, "B H K"]:
-    """Statistics of the weights given the log-sum-exp of rows, queries and lse being in base 2."""
+    """Statistics of the weights given the log-sum-exp of rows in base 2."""
+    query = (query.astype(jnp.float32) * (scale * LOG2E)).astype(query.dtype)
     (batch, rows, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
     back = index.transposed()
     plan = tpu_plan.make_plan(back, width)
@@ -239,3 +132,11 @@ def _kernel(inputs: Any, out_ref: Any, scratch: Any, *, plan: Plan, causal: bool
     tpu_plan.walk(inputs["counts"], plan, put, use, opens)
     for row in range(plan.rows):
         out_ref[pl.ds(row * plan.own, plan.own), :] = out[row]
+
+
+def _block(length: int) -> int:
+    """The size whose padding costs least."""
+    return min(_BLOCKS, key=lambda size: -(-length // size) * size * _BLOCKS[size])
+
+
+KERNELS = Kernels("TPU", sparse.forward, tpu_backward.backward, _columns, _block)

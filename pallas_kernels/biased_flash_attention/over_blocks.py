@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Biased attention and its column statistics by the kernels of block-sparse attention, over the list of all blocks.
+
+A dense kernel of its own would do the same work: lists cost a few scalar instructions a block, and a causal mask is the list of
+blocks up to the diagonal. The column statistics are a second pass over the keys, with weights computed again from the
+log-sum-exp of the first, since a weight is only known when its row is done.
+
+Shapes: B batch, Q queries, K keys, H heads, G key heads, d head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.biased_flash_attention import xla
+from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
+from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
+
+LOG2E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """The kernels of a platform.
+
+    Attributes:
+      platform: for messages.
+      forward, backward: of block-sparse attention.
+      columns: `(query, key, index, key_bias, lse, query_weight, *, causal, scale, statistic, interpret)`, statistics
+        `[B, H, K]` of the weights given the log-sum-exp `[B, H, Q]` of rows in base 2.
+      block: number of rows, or of keys, to the size of their blocks.
+    """
+
+    platform: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    columns: Callable[..., Array]
+    block: Callable[[int], int]
+
+    def biased_attention(
+        self,
+        query: Float[Array, "B Q H d"],
+        key: Float[Array, "B K G d"],
+        value: Float[Array, "B K G d"],
+        *,
+        key_bias: Float[Array, "B K"] | None,
+        bias: Float[Array, "b H Q K"] | None,
+        causal: bool,
+        softmax: str,
+        scale: float,
+        interpret: Any = False,
+    ) -> Float[Array, "B Q H d"]:
+        """Softmax in float32; products in the dtype of `query` with float32 accumulation.
+
+        Raises:
+          NotImplementedError: a `bias`, values of another width than the keys, or shapes that the kernels cannot take.
+        """
+        self._refuse(bias)
+        if value.shape != key.shape:
+            raise NotImplementedError(f"values {value.shape} must be as wide as keys {key.shape}")
+        index = self.all_blocks(query.shape[1], key.shape[1], causal)
+        passes = _passes(self, interpret)
+        return attend(passes, causal, scale, query, key, value, index, key_bias, _sinks(query, softmax))[0]
+
+    def attention_column_stats(
+        self,
+        query: Float[Array, "B Q H d"],
+        key: Float[Array, "B K G d"],
+        *,
+        key_bias: Float[Array, "B K"] | None,
+        bias: Float[Array, "b H Q K"] | None,
+        causal: bool,
+        softmax: str,
+        scale: float,
+        query_weight: Float[Array, "B Q"] | None,
+        statistic: str,
+        interpret: Any = False,
+    ) -> Float[Array, "B H K"]:
+        """Two passes, one for the log-sum-exp of rows and one for the columns; the gradient is that of the plain form.
+
+        Raises:
+          NotImplementedError: a `bias`, or shapes that the kernels cannot take.
+        """
+        self._refuse(bias)
+        return _column_stats((self, causal, softmax, scale, statistic, interpret), query, key, key_bias, query_weight)
+
+    def all_blocks(self, queries: int, keys: int, causal: bool) -> BlockIndex:
+        """The list of all blocks, or of those up to the diagonal when `causal`, in the block sizes that suit the lengths."""
+        block_q, block_k = self.block(queries), self.block(keys)
+        first = np.arange(-(-keys // block_k))[None, :] * block_k
+        last = np.minimum(np.arange(1, -(-queries // block_q) + 1)[:, None] * block_q, queries) - 1 + keys - queries
+        mask = (first <= last) | (not causal)
+        return from_block_mask(mask[None, None], queries=queries, keys=keys, block_q=block_q, block_k=block_k)
+
+    def _refuse(self, bias: Array | None) -> None:
+        if bias is not None:
+            raise NotImplementedError(
+                f"a bias of all queries by all keys, {bias.shape}, has no {self.platform} kernel; key_bias has"
+            )
+
+
+def _sinks(query: Array, softmax: str) -> Array | None:
+    return jnp.zeros(query.shape[2]) if softmax == "off_by_one" else None
+
+
+@functools.cache
+def _passes(kernels: Kernels, interpret: Any) -> Passes:
+    """One object for each way to run, as the gradient rule is looked up by it."""
+    return Passes(*(functools.partial(one, interpret=interpret) for one in (kernels.forward, kernels.backward)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _column_stats(static: tuple, query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
+    kernels, causal, softmax, scale, statistic, interpret = static
+    index = kernels.all_blocks(query.shape[1], key.shape[1], causal)
+    options = dict(causal=causal, scale=scale, interpret=interpret)
+    # The output of the first pass is not used; keys stand in for values.
+    _, lse = kernels.forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
+    return kernels.columns(query, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
+
+
+def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:
+    return _column_stats(static, *args), args
+
+
+def _stats_backward(static: tuple, args: Any, cotangent: Array) -> tuple[Any, ...]:
+    _, causal, softmax, scale, statistic, _ = static
+
+    def plain(query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
+        options = dict(bias=None, causal=causal, softmax=softmax, scale=scale, statistic=statistic)
+        return xla.attention_column_stats(query, key, key_bias=key_bias, query_weight=query_weight, **options)
+
+    return jax.vjp(plain, *args)[1](cotangent)
+
+
+_column_stats.defvjp(_stats_forward, _stats_backward)

@@ -61,7 +61,10 @@ class Subword:
         return self.encode_corpus(np.frombuffer(data, np.uint8))[0]
 
     def encode_corpus(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(ids, sizes)`, both `[T]` int32, of uint8 `[bytes]`: sizes are the bytes that ids stand for, all bytes in sum."""
+        """`(ids, sizes)`, both `[T]` int32, of uint8 `[bytes]`: sizes are the bytes that ids stand for.
+
+        They add up to the bytes of the text, in which a byte that is no UTF-8 counts as the three of the replacement character.
+        """
         ids, sizes = [], []
         for piece in _pieces(data):
             decoded = piece.decode("utf-8", errors="replace")
@@ -110,15 +113,21 @@ def train(data: np.ndarray, size: int) -> str:
 
 
 def _pieces(data: np.ndarray) -> Iterator[bytes]:
-    """The text in pieces that end behind a line's end, or are long where there is none."""
+    """The text in pieces that end behind a line's end; where there is none, behind a character's."""
     start = 0
     while start < data.size:
         stop = min(start + _PIECE, data.size)
         lines = np.flatnonzero(data[start:stop] == ord("\n"))
-        if stop < data.size and lines.size:
-            stop = start + int(lines[-1]) + 1
+        if stop < data.size:
+            stop = start + int(lines[-1]) + 1 if lines.size else _before_character(data, stop)
         yield data[start:stop].tobytes()
         start = stop
+
+
+def _before_character(data: np.ndarray, place: int) -> int:
+    """`place`, or where the character begins that it would cut: at most three bytes of UTF-8 follow the first."""
+    starts = (first for first in range(place, place - 4, -1) if data[first] & 0xC0 != 0x80)
+    return next(starts, place)
 
 
 def _byte_places(decoded: str) -> np.ndarray:

@@ -59,6 +59,15 @@ def test_a_long_text_is_cut_at_line_ends_without_loss(vocabulary, monkeypatch):
     assert vocabulary.decode(ids) == SAMPLE.encode() and sizes.sum() == whole[1].sum()
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.text(alphabet="aé世🎉", min_size=8, max_size=60), st.integers(4, 9))
+def test_a_line_longer_than_a_piece_is_cut_between_characters(vocabulary, string, piece):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subword, "_PIECE", piece)
+        ids, sizes = vocabulary.encode_corpus(as_bytes(string))
+    assert vocabulary.decode(ids) == string.encode() and sizes.sum() == len(string.encode())
+
+
 def test_bytes_that_are_no_text_become_the_replacement_character(vocabulary):
     assert vocabulary.decode(vocabulary.encode(b"a\xffb")).decode() == "a\ufffdb"
 

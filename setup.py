@@ -34,6 +34,8 @@ EXTRAS = {
     "subword": ["tokenizers>=0.23"],
     "test": [
         "tokenizers>=0.23",
+        # Compiles kernels for TPUs on machines that have none.
+        "libtpu>=0.0.51; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "pytest>=9.0",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",

@@ -32,8 +32,8 @@ class SinkWindow:
     """The first tokens of a row and the latest ones, in whole pages.
 
     Attributes:
-      sinks, window: tokens at the start and at the end, the current one included, that are read at least; pages are read whole,
-        so that up to S - 1 more may be on each side.
+      window, sinks: tokens at the end, the current one included, and at the start that are read at least; pages are read
+        whole, so that up to S - 1 more may be on each side.
       page: S, a multiple of 16.
 
     Raises:
@@ -44,8 +44,8 @@ class SinkWindow:
     Differs: positions stay those of the text; the cache keeps all tokens, of which a step reads these.
     """
 
-    sinks: int = 4
     window: int = 1024
+    sinks: int = 4
     page: int = 64
 
     def __post_init__(self) -> None:
@@ -58,9 +58,7 @@ class SinkWindow:
     def pages(self, key_bias: Float[Array, "B K"], slot: Int[Array, ""]) -> Pages:
         """The pages for a token in `slot`, where a `key_bias` of -inf marks slots that hold no token of the row."""
         first = jnp.argmax(key_bias > -jnp.inf, axis=1).astype(jnp.int32)[:, None] // self.page
-        # Runs of tokens that start anywhere in a page.
-        starts = (self.sinks + self.page - 2) // self.page + 1 if self.sinks else 0
-        ends = (self.window + self.page - 2) // self.page + 1
+        starts, ends = self._listed()
         now = slot // self.page
         lowest = jnp.maximum(now - ends + 1, first)
         before = jnp.clip(lowest - first, 0, starts)
@@ -68,3 +66,13 @@ class SinkWindow:
         numbers = jnp.where(place < before, first + place, jnp.minimum(lowest + place - before, now))
         lengths = (before + now - lowest) * self.page + slot % self.page + 1
         return Pages(numbers[:, None], lengths.astype(jnp.int32), self.page)
+
+    @property
+    def slots(self) -> int:
+        """Slots that a step reads at most."""
+        return sum(self._listed()) * self.page
+
+    def _listed(self) -> tuple[int, int]:
+        """Pages of the sinks and of the window, as runs of tokens that start anywhere in a page touch them."""
+        starts, ends = ((tokens + self.page - 2) // self.page + 1 for tokens in (self.sinks, self.window))
+        return starts if self.sinks else 0, ends

@@ -6,6 +6,7 @@
     python -m experiments.train --config=configs/decoder/text.py:share=0.125 --workdir=runs/mixture_of_depths
     python -m experiments.train --config=configs/decoder/text.py:skip=2 --workdir=runs/skip_decode
     python -m experiments.train --config=configs/decoder/text.py:exit_losses=rising --workdir=runs/calm
+    python -m experiments.train --config=configs/decoder/text.py:window=64 --workdir=runs/sink_window
     python -m experiments.train --config=configs/decoder/text.py:tokenizer=tokenizer.json --workdir=runs/subwords
     python -m experiments.train --config=configs/decoder/text.py:runlocal --workdir=runs/try
     python -m experiments.generate --workdir=runs/decoder --text="import "
@@ -14,8 +15,9 @@ The text is the running Python's own standard library unless `path` names text f
 learns to spell within minutes on two CPU cores. With `share` every other block is a routed one of Mixture-of-Depths, that runs
 for this share of the tokens; with `skip` later tokens run in fewer layers, `depth / skip` on average (SkipDecode);
 `exit_losses` trains every layer to predict ("rising"), or also a classifier that says where a token may stop ("classifier"),
-as confidence exits need. Tokens are bytes, or with `tokenizer` the ids of such a file (`python -m experiments.data.subword`
-makes one).
+as confidence exits need. With `window` a decode step reads the first tokens and the latest ones alone, at least as many as
+named, in whole pages of the cache (training and prompts attend to everything). Tokens are bytes, or with `tokenizer` the ids of
+such a file (`python -m experiments.data.subword` makes one).
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +30,7 @@ from experiments.tasks.models import routing_section
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, share=0.0, skip=0.0, exit_losses="", path="", tokenizer="", runlocal=False)
+    given = parse_arg(arg, share=0.0, skip=0.0, exit_losses="", window=0, path="", tokenizer="", runlocal=False)
     config = base_config()
     config.task = "language_modelling"
     config.model = ConfigDict(
@@ -48,6 +50,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             skip_training=bool(given.skip),
         )
     )
+    if given.window:
+        config.model.reads = dict(window=given.window, sinks=4, page=16)
     text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
     if given.tokenizer:
         text |= dict(objective="next_subword", tokenizer=given.tokenizer)

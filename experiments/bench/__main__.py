@@ -8,6 +8,7 @@ python -m experiments.bench diffrate --variant=B/16 --batch=8 --peer
 python -m experiments.bench mrt5 --batch=1 --length=512 --out=results/bench/mrt5.jsonl
 python -m experiments.bench generate --batch=1,8 --length=1024 --max-length=64 --deleted=0.5
 python -m experiments.bench skipdecode --batch=1,8 --speedup=2,3
+python -m experiments.bench sink_window --batch=8 --length=8192 --window=512
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from adaptive import budgets, registry
 from adaptive.rates.schedules import Schedule, Space, cost_of
+from adaptive.sparsity.decoding import SinkWindow
 from layers.cropr import Cropr
 from layers.decoder_lm import DecoderLM
 from layers.duo_lm import DuoLM
@@ -213,19 +214,19 @@ def build_duo_lm(section: Mapping[str, Any], *, dtype: str) -> DuoLM:
 
 
 def build_decoder(section: Mapping[str, Any], *, dtype: str) -> DecoderLM:
-    """The decoder of a model section, with its parts `rotary_scaling`, `routing` and `skip`.
+    """The decoder of a model section, with its parts `rotary_scaling`, `routing`, `skip` and `reads`.
 
     `routing` holds the attributes of `layers.mixture_of_depths.MixtureOfDepths`, `skip` those of
-    `layers.early_exit.SkipSchedule`; a part whose first attribute is 0 or empty is none.
+    `layers.early_exit.SkipSchedule`, `reads` those of `adaptive.sparsity.decoding.SinkWindow`; a part whose first attribute is
+    0 or empty is none.
 
     Raises:
       ValueError: unknown keys, and what those refuse.
     """
-    parts = {"rotary_scaling": Llama3Scaling, "routing": MixtureOfDepths, "skip": SkipSchedule}
+    parts = {"rotary_scaling": Llama3Scaling, "routing": MixtureOfDepths, "skip": SkipSchedule, "reads": SinkWindow}
     attributes = _attributes(DecoderLM, section, ("losses", "exit_losses", "skip_training", *parts))
     built = {name: _part(name, kind, dict(section.get(name, {}))) for name, kind in parts.items()}
-    attributes |= dict(rotary_scaling=built["rotary_scaling"], routing=built["routing"], policy=built["skip"])
-    return DecoderLM(**attributes, dtype=jnp.dtype(dtype))
+    return DecoderLM(**attributes, policy=built.pop("skip"), **built, dtype=jnp.dtype(dtype))
 
 
 def routing_section(**values: Any) -> dict[str, Any]:

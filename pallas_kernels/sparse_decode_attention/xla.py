@@ -35,12 +35,15 @@ def sparse_decode_attention(
     pages = jnp.pad(pages, ((0, 0), (0, 0), (0, -pages.shape[2] % many)))
     stacked = stack(query, groups) * jnp.asarray(scale, query.dtype)
     precision = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    # The loop is handed tokens and sees them as pages inside: XLA copies a cache that was just written to if it is handed over
+    # in another shape.
+    pools = [pool.reshape(*pool.shape[:-3], -1, width) for pool in (key_pages, value_pages)]
 
     def step(index: Array, state: tuple) -> tuple:
         peak, total, out = state
         listed = jax.lax.dynamic_slice_in_dim(pages, index * many, many, axis=2)
         keys, values = (
-            gather(pool, listed, own).reshape(batch, groups, -1, width) for pool in (key_pages, value_pages)
+            gather(pool.reshape(key_pages.shape), listed, own).reshape(batch, groups, -1, width) for pool in pools
         )
         options = {"precision": precision, "preferred_element_type": jnp.float32}
         logits = jnp.einsum("bgrd,bgkd->bgrk", stacked, keys, **options)

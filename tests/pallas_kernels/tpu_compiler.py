@@ -10,7 +10,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-CHIPS = ("v4", "v5e", "v5p", "v6e")
+# One chip in every run of the suite; the others, over a hundred compilations, with `make test-chips`.
+CHIPS = ("v5e", *(pytest.param(chip, marks=pytest.mark.every_chip) for chip in ("v4", "v5p", "v6e")))
 # A v4 is described core by core unless told otherwise; users see chips.
 _TOPOLOGIES = {
     "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),

@@ -20,7 +20,7 @@ def lister(pattern):
     return jax.jit(pattern.pages)
 
 
-@pytest.mark.parametrize("pattern", [SinkWindow(4, 32, 16), SinkWindow(0, 1, 16), SinkWindow(17, 20, 32)])
+@pytest.mark.parametrize("pattern", [SinkWindow(32, 4, 16), SinkWindow(1, 0, 16), SinkWindow(20, 17, 32)])
 @settings(max_examples=25, deadline=None)
 @given(first=st.integers(0, 100), slot=st.integers(0, SLOTS - 1))
 def test_sinks_and_window_are_listed_once_and_little_else(pattern, first, slot):
@@ -37,7 +37,7 @@ def test_sinks_and_window_are_listed_once_and_little_else(pattern, first, slot):
         range(max(first, slot + 1 - pattern.window), slot + 1)
     )
     assert wanted <= set(read)
-    assert pages * pattern.page <= pattern.sinks + pattern.window + 4 * pattern.page
+    assert pages * pattern.page <= pattern.slots <= pattern.sinks + pattern.window + 4 * pattern.page
 
 
 @pytest.mark.parametrize("wrong", [{"sinks": -1}, {"window": 0}, {"page": 24}])

@@ -48,3 +48,17 @@ def test_rows_that_stop_early_imply_less_than_the_batch_runs(tmp_path):
     (row,) = run("calm", "--depth=2 --first=1 --every=1", tmp_path)
     assert 1 <= row["layers_a_token"] <= row["layers_a_step"] <= 2 and row["layers_a_token"] < 2
     assert row["implied"] == pytest.approx(implied(2, row["layers_a_token"]), abs=1e-2)
+
+
+def test_a_window_implies_the_slots_that_it_does_not_read(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    flags = (
+        "--width=64 --depth=1 --vocabulary=32 --batch=1 --length=120 --max-length=8 --window=16,128 --sinks=1 --page=16"
+    )
+    assert bench.main(["sink_window", *flags.split(), "--repeats=1", f"--out={out}"]) == 0
+    short, whole = (json.loads(line) for line in out.read_text().splitlines())
+    # A page for the first token and two that the latest sixteen may lie in.
+    assert short["listed_share"] == 48 / 128 and whole["listed_share"] == 1
+    rest = 2 * 64 * 64 + 2 * 64 * 32 + MLP + HEAD
+    assert short["implied"] == pytest.approx((rest + 2 * 128 * 64) / (rest + 2 * 48 * 64), abs=1e-4)
+    assert whole["implied"] == 1 and short["realised"] > 0

@@ -10,6 +10,7 @@ import pytest
 from flax.core import meta
 
 from adaptive.depth import calm, skip_decode
+from adaptive.sparsity.decoding import SinkWindow
 from configs.decoder import text
 from experiments import tasks
 from experiments.tasks.language_modelling import token_losses
@@ -99,6 +100,12 @@ def test_a_schedule_trains_and_evaluates_each_place_in_its_own_layers():
     assert few / many == active.sum() / 32
 
 
+def test_a_window_is_what_decoding_reads():
+    task = tasks.build(text.get_config("runlocal,window=32"))
+    assert task.model.reads == SinkWindow(window=32, sinks=4, page=16)
+    assert tasks.build(text.get_config("runlocal")).model.reads is None
+
+
 def test_what_does_not_fit_is_refused():
     config = text.get_config("runlocal")
     config.model.losses = {"router": 1.0}
@@ -117,6 +124,10 @@ def test_what_does_not_fit_is_refused():
         tasks.build(config)
     config.model.skip = {"counts": (2, 1), "layers": (1, 2)}
     with pytest.raises(ValueError, match=r"config\.model\.skip\.layers does not exist"):
+        tasks.build(config)
+    config = text.get_config("runlocal,window=32")
+    config.model.reads.page = 24
+    with pytest.raises(ValueError, match="a positive multiple of 16; got sinks=4, window=32, page=24"):
         tasks.build(config)
     config = text.get_config("runlocal")
     config.model.skip_training = True

@@ -48,7 +48,8 @@ class Gate(nn.Module):
 
     def setup(self) -> None:
         """Creates the layers."""
-        axes = [("embed", "gate"), *[("gate", "gate")] * len(self.hidden)]
+        # No name may stand twice in one array.
+        axes = [("embed", "gate"), *[("gate", "router")] * len(self.hidden)]
         widths = (*self.hidden, self.learners + 1 - self.least)
         if not self.hidden:
             axes = [("embed", "gate")]

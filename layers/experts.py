@@ -43,7 +43,7 @@ class ExpertRouter(nn.Module):
         """Creates the maps."""
         common = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
         self.first = Linear((self.hidden,), ("embed", "gate"), **common)
-        self.second = Linear((self.experts,), ("gate", "gate"), **common)
+        self.second = Linear((self.experts,), ("gate", "router"), **common)
 
     def logits(self, x: Float[Array, "B N D"]) -> Float[Array, "B N K"]:
         """One for each expert, in float32."""
@@ -78,8 +78,8 @@ class WidthRouter(nn.Module):
         common = {"dtype": self.dtype, "param_dtype": self.param_dtype, "bias_init": nn.initializers.constant(3.0)}
         inner = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         bottleneck = nn.relu(Linear((max(x.shape[-1] // 16, 4),), ("embed", "gate"), name="token_in", **inner)(x))
-        token = Linear((1,), ("gate", "gate"), name="token_out", **common)(bottleneck)
-        groups = Linear((self.groups - 1,), ("embed", "gate"), name="groups", **common)(jnp.mean(x, axis=1))
+        token = Linear((1,), ("gate", "router"), name="token_out", **common)(bottleneck)
+        groups = Linear((self.groups - 1,), ("embed", "router"), name="groups", **common)(jnp.mean(x, axis=1))
         groups = jnp.broadcast_to(groups[:, None], (*x.shape[:2], self.groups - 1))
         signals = Signals(
             choice_logits=jnp.concatenate([token, groups], axis=-1).astype(jnp.float32),

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+import flax.linen as nn
 import jax
 import pytest
 from flax.core import meta
@@ -58,6 +59,17 @@ def test_it_runs_two_steps_at_runlocal_size(name, tmp_path):
     result = train.train(config, tmp_path / "run", progress=False)
     assert result.step == 2
     assert all(value == value for key, value in result.metrics.items() if key.startswith("eval/"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_parameter_has_two_axes_of_one_name(name, tmp_path):
+    """Flax refuses such names as soon as there is a mesh."""
+    config = with_data(load(name, "runlocal"), tmp_path)
+    dataset = data.build(config.data, split="train", batch_size=2, seed=0)
+    params = jax.eval_shape(tasks.build(config).init, jax.random.key(0), dataset.spec)["params"]
+    for path, spec in jax.tree_util.tree_leaves_with_path(nn.get_partition_spec(params)):
+        named = [axis for axis in spec if axis is not None]
+        assert len(set(named)) == len(named), (jax.tree_util.keystr(path), spec)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ Source: Wojcik et al. 2025, "Adaptive Computation Modules: Granular Conditional 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from adaptive import ragged, relaxations
 from adaptive.registry import register
 from adaptive.tokens import Signals, TokenSet
+from pallas_kernels import partition
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 
 _TINY = 1e-20
@@ -177,8 +179,24 @@ def skipping(
 ) -> Float[Array, "R E"]:
     """The same with learners that are not chosen skipped: rows sorted by how many they need, a prefix for each learner.
 
-    The first `least` learners, which every row has, run on all rows where they stand.
+    The first `least` learners, which every row has, run on all rows where they stand. Over several devices each sorts its own
+    rows.
     """
+    run = functools.partial(_skipping, activation=activation, least=least, implementation=implementation)
+    return partition.by_batch(run, shared=(2, 3, 4))(rows, chosen, up, bias, down)
+
+
+def _skipping(
+    rows: Array,
+    chosen: Array,
+    up: Array,
+    bias: Array,
+    down: Array,
+    *,
+    activation: str,
+    least: int,
+    implementation: str | None,
+) -> Array:
     used = least * up.shape[1] // chosen.shape[1]
     base = ACTIVATIONS[activation](rows @ up[:, :used] + bias[:used]) @ down[:used] if least else None
     if least == chosen.shape[1]:

@@ -31,6 +31,7 @@ from experiments import config as config_lib
 from experiments import data, parallel, tasks, train
 from experiments.aot import compiler, gpu, kernels, points
 from experiments.evaluate import parse_overrides
+from pallas_kernels import dispatch
 
 
 def steps(name: str, topology: str, overrides: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -52,7 +53,9 @@ def steps(name: str, topology: str, overrides: dict[str, Any]) -> Iterator[dict[
             ("evaluation step", program.eval_step, (program.state.params, _weighed(program.batch), extra)),
         ):
             started = time.monotonic()
-            compiled = function.trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+            with dispatch.compiled_for("tpu"):
+                traced = function.trace(*arguments)
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
             used = compiler.memory(compiled)
             yield {
                 "config": name,

@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 
 import jax
 
+from configs.acm import text as acm_text
 from configs.decoder import text
 from configs.mrt5 import spans
 from configs.tome import digits
@@ -38,6 +39,7 @@ CASES = {
     "t5-words": (spans, "runlocal,chunker=words", T5 | {"model.chunk_layer": 1}, ("none", "fsdp")),
     "lm": (text, "runlocal", LM, ("none", "fsdp")),
     "lm-mod": (text, "runlocal,share=0.25", LM, ("none", "fsdp")),
+    "lm-acm": (acm_text, "runlocal", LM, EVERY),
     "t5-random": (spans, "runlocal,gate=random_deletion", T5, ("none", "fsdp")),
 }
 

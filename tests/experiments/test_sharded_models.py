@@ -74,7 +74,11 @@ def test_an_adaptive_method_causes_no_collective(runs, case, preset, step):
     assert not own
 
 
-@pytest.mark.parametrize("case", ["vit", "t5"])
+def test_each_device_sorts_its_own_rows_by_their_learners(runs):
+    assert not sent(runs["lm-acm"]["dp"]["eval"])
+
+
+@pytest.mark.parametrize("case", ["vit", "t5", "lm-acm"])
 def test_fsdp_gathers_parameters_and_moves_no_activations(runs, case):
     """The largest gathered array is a parameter: 32 wide by at most 384 (the byte table) or 16 x 128 (patches)."""
     assert max(size for _, size in sent(runs[case]["fsdp"]["eval"])) <= BYTE_TABLE

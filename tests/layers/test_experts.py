@@ -68,3 +68,13 @@ def test_routers_start_with_all_switched_on():
 def test_groups_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="5 groups do not divide a hidden width of 32"):
         ExpertParts(groups=5).mlp(32).init(jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("parts", [ExpertParts(groups=4), DynamicParts(groups=4)])
+def test_no_parameter_has_two_axes_of_one_name(parts):
+    shapes = jax.eval_shape(
+        lambda x: parts.mlp(32).init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x), X
+    )
+    specs = jax.tree.leaves(nn.get_partition_spec(shapes["params"]))
+    assert any("router" in spec for spec in specs)
+    assert all(len(set(spec)) == len(spec) for spec in specs)

@@ -66,6 +66,7 @@ def steps(name: str, topology: str, overrides: dict[str, Any]) -> Iterator[dict[
                 "bytes_a_device": used,
                 "share_of_memory": round(used["all"] / compiler.chip(topology).memory, 4),
                 "collectives": _collectives(compiled),
+                "kernel_calls": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
                 "compile_seconds": round(time.monotonic() - started, 1),
             }
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels import partition
 from pallas_kernels.biased_flash_attention import xla
 from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
@@ -123,9 +124,11 @@ def _column_stats(static: tuple, query: Array, key: Array, key_bias: Array | Non
     index = kernels.all_blocks(query.shape[1], key.shape[1], causal)
     options = dict(causal=causal, scale=scale, interpret=interpret)
     # The output of the first pass is not used; keys stand in for values.
-    _, lse = kernels.forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
+    forward = partition.by_batch(kernels.forward, shared=(5,))
+    _, lse = forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
-    return kernels.columns(query, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
+    columns = partition.by_batch(kernels.columns)
+    return columns(query, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
 
 
 def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels import partition
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 
 
@@ -34,6 +35,10 @@ class Passes:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
+    def run(self, which: str, *args: Any, causal: bool, scale: float) -> Any:
+        """The "forward" or "backward" pass, each device of a mesh on its own rows of the batch; sinks are whole on all."""
+        return partition.by_batch(getattr(self, which), shared=(5,))(*args, causal=causal, scale=scale)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attend(
@@ -48,11 +53,11 @@ def attend(
     sinks: Float[Array, " H"] | None,
 ) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N"]]:
     """`(out, lse)` by one implementation's forward pass, differentiated by its backward pass."""
-    return passes.forward(query, key, value, index, key_bias, sinks, causal=causal, scale=scale)
+    return passes.run("forward", query, key, value, index, key_bias, sinks, causal=causal, scale=scale)
 
 
 def _forward(passes: Passes, causal: bool, scale: float, *args: Any) -> tuple[Any, Any]:
-    out, lse = passes.forward(*args, causal=causal, scale=scale)
+    out, lse = passes.run("forward", *args, causal=causal, scale=scale)
     # What the backward pass cannot do is said here, where another implementation can still be chosen.
     jax.eval_shape(functools.partial(passes.backward, causal=causal, scale=scale), *args, lse, lse, out)
     return (out, lse), (*args, out, lse)
@@ -65,7 +70,7 @@ def _backward(passes: Passes, causal: bool, scale: float, residuals: Any, cotang
     delta = jnp.einsum("bnhd,bnhd->bhn", dout, out, preferred_element_type=jnp.float32) - dlse
     # A row with nothing in it has no weights, whatever stands here.
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    *grads, dbias = passes.backward(*args, lse, delta, dout, causal=causal, scale=scale)
+    *grads, dbias = passes.run("backward", *args, lse, delta, dout, causal=causal, scale=scale)
     if key_bias is not None:
         dbias = dbias.astype(key_bias.dtype)
     dsinks = None

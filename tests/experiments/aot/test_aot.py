@@ -32,18 +32,28 @@ def test_a_kernels_schedule_is_read(tmp_path):
     assert json.loads((tmp_path / "bipartite_match.json").read_text()) == rows
     for row in rows:
         (kernel,) = row["kernels"]
-        assert row["kernel_calls"] == 1 and kernel["name"].startswith("bipartite_match")
+        assert row["kernel_calls"] == 1 and kernel["name"].startswith(("bipartite_match", "pair_up"))
         (grid,) = kernel["regions"]
         assert grid["kind"] == "loop" and grid["trips"] > 1 and grid["matmul_slots"] > 0
         assert kernel["schedule_us"] > 0 and row["other_us"] > 0
 
 
 @needs_compiler
-def test_a_config_is_compiled_for_all_devices_of_a_machine():
-    training, evaluation = run("--config=configs/mrt5/continuation.py:gate=mrt5,runlocal", "--topology=v5e:2x2")
+@pytest.mark.parametrize(
+    ("config", "preset"),
+    [
+        ("configs/mrt5/continuation.py:gate=mrt5,runlocal", "dp"),
+        ("configs/decoder/text.py:runlocal", "fsdp"),
+        ("configs/acm/text.py:runlocal", "dp"),
+    ],
+)
+def test_a_config_is_compiled_with_its_kernels_for_all_devices_of_a_machine(config, preset):
+    overrides = ("--set", f"parallel.preset={preset}")
+    training, evaluation = run(f"--config={config}", "--topology=v5e:2x2", *overrides)
     assert (training["devices"], training["part"], evaluation["part"]) == (4, "training step", "evaluation step")
     assert training["collectives"]["all-reduce"]["count"] > 0
     for row in (training, evaluation):
+        assert row["kernel_calls"] > 0
         used = row["bytes_a_device"]
         assert used["all"] == sum(value for name, value in used.items() if name != "all") > 0
 

@@ -33,8 +33,8 @@ def test_a_kernels_schedule_is_read(tmp_path):
     for row in rows:
         (kernel,) = row["kernels"]
         assert row["kernel_calls"] == 1 and kernel["name"].startswith(("bipartite_match", "pair_up"))
-        (grid,) = kernel["regions"]
-        assert grid["kind"] == "loop" and grid["trips"] > 1 and grid["matmul_slots"] > 0
+        loops = [region for region in kernel["regions"] if region["kind"] == "loop"]
+        assert any(loop["trips"] > 1 and loop["matmul_slots"] > 0 for loop in loops)
         assert kernel["schedule_us"] > 0 and row["other_us"] > 0
 
 

@@ -30,12 +30,15 @@ def run(*arguments):
 def test_a_kernels_schedule_is_read(tmp_path):
     rows = run("--kernel=bipartite_match", "--chips=v5e", f"--out={tmp_path}")
     assert json.loads((tmp_path / "bipartite_match.json").read_text()) == rows
+    matched = 0
     for row in rows:
         (kernel,) = row["kernels"]
-        assert row["kernel_calls"] == 1 and kernel["name"].startswith(("bipartite_match", "pair_up"))
-        loops = [region for region in kernel["regions"] if region["kind"] == "loop"]
-        assert any(loop["trips"] > 1 and loop["matmul_slots"] > 0 for loop in loops)
-        assert kernel["schedule_us"] > 0 and row["other_us"] > 0
+        assert row["kernel_calls"] == 1 and kernel["schedule_us"] > 0 and row["other_us"] > 0
+        if kernel["name"].startswith("bipartite_match"):
+            (grid,) = kernel["regions"]
+            assert grid["kind"] == "loop" and grid["trips"] > 1 and grid["matmul_slots"] > 0
+            matched += 1
+    assert matched
 
 
 @needs_compiler

@@ -21,8 +21,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
 from pallas_kernels.block_sparse_attention import tpu_plan
+from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LN2, LOG2E, LOWEST, Plan
+from pallas_kernels.block_sparse_attention.tpu_positions import Lookup
+from pallas_kernels.position_bias import PositionBias
 
 
 def forward(
@@ -35,6 +38,7 @@ def forward(
     *,
     causal: bool,
     scale: float,
+    bias: PositionBias | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N"]]:
     """Softmax in float32; products in the dtype of `query` with float32 accumulation.
@@ -64,6 +68,7 @@ def forward(
         "value": parts.whole(args["value"], heads),
     }
     parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
+    lookup = positions.add(args, specs, bias, plan, own_queries=True)
     squares = (plan.own // plan.chunk, plan.width, plan.listed, plan.chunk)
     scratch = {
         "state": pltpu.VMEM((2, plan.rows + 1, 1, plan.own), jnp.float32),
@@ -72,7 +77,14 @@ def forward(
     }
     specs, params = parts.fit(specs, args, scratch, plan, "keys", width * dtype.itemsize + 32)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, plan=plan, causal=causal, sunk=sinks is not None, offset=index.keys - index.queries),
+        functools.partial(
+            _kernel,
+            plan=plan,
+            causal=causal,
+            sunk=sinks is not None,
+            offset=index.keys - index.queries,
+            lookup=lookup,
+        ),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs=[parts.columns(plan, width), parts.columns(plan, 1)],
@@ -90,26 +102,42 @@ def forward(
 
 
 def _kernel(
-    inputs: Any, out_ref: Any, lse_ref: Any, scratch: Any, *, plan: Plan, causal: bool, sunk: bool, offset: int
+    inputs: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    scratch: Any,
+    *,
+    plan: Plan,
+    causal: bool,
+    sunk: bool,
+    offset: int,
+    lookup: Lookup | None,
 ) -> None:
     step = pl.program_id(2)
     state, out, counts = scratch["state"], scratch["out"], inputs["counts"]
     state[0] = jnp.full(state.shape[1:], inputs["start"][pl.program_id(1)])
     state[1] = jnp.full(state.shape[1:], 1.0 if sunk else 0.0)
     out[...] = jnp.zeros(out.shape, jnp.float32)
+    # What idle items leave in the spare list is never read.
+    masks = causal or plan.width > 1
     pieces = [pl.ds(t * plan.chunk, plan.chunk) for t in range(plan.own // plan.chunk)]
+
+    def first(row: Any) -> Any:
+        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
 
     def put(buffer: int, row: Any, start: Any) -> None:
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        first = pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
         for t in range(len(pieces)):
-            query = inputs["query"][pl.ds(first + t * plan.chunk, plan.chunk), :]
+            query = inputs["query"][pl.ds(first(row) + t * plan.chunk, plan.chunk), :]
             for w, number in enumerate(ids):
                 scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], query, 1, 1)
 
+    def place(row: Any) -> Any:
+        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
+
     def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        place = step * plan.step_rows + row * plan.own + offset
-        return parts.limits(plan, [place - number * plan.listed for number in ids], start, count, causal)
+        own = step * plan.step_rows + row * plan.own + offset
+        return parts.limits(plan, [own - number * plan.listed for number in ids], start, count, causal)
 
     def opens(row: Any, start: Any, count: Any) -> Any:
         # Short blocks are masked in the shadow of the products, and items of several blocks may have idle ones.
@@ -117,7 +145,8 @@ def _kernel(
             return False
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
         # Without a causal mask only idle items are not open; by the schedules the branch alone is worth a twentieth.
-        return limits(ids, row, start, count)[0] >= plan.listed - 1
+        seen = limits(ids, row, start, count)[0] >= plan.listed - 1
+        return positions.opens(inputs, lookup, seen, place(row), ids[0])
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
         # Items of the spare list have count 0 and are closed wherever they seem to stand.
@@ -127,15 +156,20 @@ def _kernel(
         squares = [
             (w, pl.ds(k, plan.depth), last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)
         ]
+        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
         for t, piece in enumerate(pieces):
-            logits = []
+            own, logits = pl.ds(first(row) + t * plan.chunk, plan.chunk), []
             for w, rows, limit in squares:
                 x = scratch["logits"][buffer][t, w, rows, :]
                 if "bias" in inputs:
                     x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
+                if constant is not None:
+                    x += constant
+                elif lookup is not None:
+                    x += positions.square(inputs, lookup, ids[w], rows, own)
                 if "bank" in inputs:
                     x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
-                logits.append(parts.masked(x, limit + t * plan.chunk) if mask else x)
+                logits.append(parts.masked(x, limit + t * plan.chunk) if mask and masks else x)
             peak = functools.reduce(
                 jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits], state[0, row, :, piece]
             )

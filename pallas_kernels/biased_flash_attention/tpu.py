@@ -58,8 +58,8 @@ def _columns(
     args = {
         "lists": lists,
         "counts": counts,
-        "key": parts.rows_first(key, plan.own_length, dtype),
-        "query": parts.blocks(query, plan, dtype),
+        "key": parts.rows_first(key, dtype),
+        "query": parts.rows_first(query, dtype),
         # Queries that fill up the last block have no weights.
         "lse": blocks(lse, jnp.inf),
         "weight": blocks(weight[:, None], 0.0),
@@ -67,7 +67,8 @@ def _columns(
     specs = dict(zip(("lists", "counts"), parts.table_specs(back, plan, heads, len(lists)), strict=True))
     head = parts.which(groups, heads)
     specs["key"] = pl.BlockSpec((None, None, plan.step_rows, width), lambda i, j, s: (i, head(j), s, 0))
-    specs |= {name: parts.whole(args[name], heads) for name in ("query", "lse", "weight")}
+    specs["query"] = parts.whole(args["query"], heads, plan.listed_length, width)
+    specs |= {name: parts.whole(args[name], heads) for name in ("lse", "weight")}
     if key_bias is not None:
         args["bias"] = parts.bias_columns(key_bias, length, plan.own_length, plan.step_rows)
         specs["bias"] = pl.BlockSpec((None, None, plan.step_rows, LANES), lambda i, j, s: (i, s, 0, 0))
@@ -78,11 +79,11 @@ def _columns(
     }
     specs, params = parts.fit(specs, args, scratch, plan, "queries", 4 * LANES)
     out = pl.pallas_call(
-        functools.partial(_kernel, plan=plan, causal=causal, offset=length - rows, statistic=statistic, lookup=lookup),
+        functools.partial(_kernel, plan=plan, causal=causal, sizes=(rows, length), statistic=statistic, lookup=lookup),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs=parts.rows(plan, LANES),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, plan.own_length, LANES), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, length, LANES), jnp.float32),
         scratch_shapes=[scratch],
         compiler_params=params,
         cost_estimate=parts.cost(args, plan, batch * heads, 2 * width),
@@ -90,7 +91,7 @@ def _columns(
         name="attention_column_stats",
     )(args)
     # Each lane holds the queries of its column in all blocks.
-    return (jnp.max if statistic == "max" else jnp.sum)(out[:, :, :length], axis=-1)
+    return (jnp.max if statistic == "max" else jnp.sum)(out, axis=-1)
 
 
 def _kernel(
@@ -100,11 +101,16 @@ def _kernel(
     *,
     plan: Plan,
     causal: bool,
-    offset: int,
+    sizes: tuple[int, int],
     statistic: str,
     lookup: Lookup | None,
 ) -> None:
-    step, out = pl.program_id(2), scratch["out"]
+    step, out, offset = pl.program_id(2), scratch["out"], sizes[1] - sizes[0]
+
+    @pl.when(step == 0)
+    def _() -> None:
+        parts.clear(inputs, ("query",), sizes[0], plan.listed_length)
+
     out[...] = jnp.zeros(out.shape, jnp.float32)
     chunks = range(0, plan.own, plan.chunk)
     # Blocks can be closed for their bias alone.
@@ -118,7 +124,7 @@ def _kernel(
         for t, chunk in enumerate(chunks):
             key = inputs["key"][pl.ds(first(row) + chunk, plan.chunk), :]
             for w, number in enumerate(parts.numbers(inputs["lists"][0], plan, row, start)):
-                scratch["logits"][buffer][t, w] = parts.product(key, inputs["query"][number], 1, 1)
+                scratch["logits"][buffer][t, w] = parts.product(key, inputs["query"][parts.span(plan, number), :], 1, 1)
 
     def place(row: Any) -> Any:
         return step * plan.rows + jnp.minimum(row, plan.rows - 1)

@@ -54,9 +54,9 @@ def forward(
         "lists": lists,
         "counts": counts,
         "start": start,
-        "query": parts.rows_first(query.astype(jnp.float32) * (scale * LOG2E), plan.own_length, dtype),
-        "key": parts.blocks(key, plan, dtype),
-        "value": jnp.swapaxes(parts.blocks(value, plan, dtype), 3, 4),
+        "query": parts.rows_first(query.astype(jnp.float32) * (scale * LOG2E), dtype),
+        "key": parts.rows_first(key, dtype),
+        "value": parts.columns_first(value, dtype),
     }
     list_specs, count_specs = parts.table_specs(index, plan, heads, len(lists))
     specs = {
@@ -64,8 +64,8 @@ def forward(
         "counts": count_specs,
         "start": pl.BlockSpec(memory_space=pltpu.SMEM),
         "query": parts.rows(plan, width),
-        "key": parts.whole(args["key"], heads),
-        "value": parts.whole(args["value"], heads),
+        "key": parts.whole(args["key"], heads, plan.listed_length, width),
+        "value": parts.whole(args["value"], heads, width, plan.listed_length),
     }
     parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
     lookup = positions.add(args, specs, bias, plan, own_queries=True)
@@ -82,6 +82,7 @@ def forward(
             plan=plan,
             causal=causal,
             sunk=sinks is not None,
+            keys=index.keys,
             offset=index.keys - index.queries,
             lookup=lookup,
         ),
@@ -89,8 +90,8 @@ def forward(
         in_specs=[specs],
         out_specs=[parts.columns(plan, width), parts.columns(plan, 1)],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, width, plan.own_length), dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, plan.own_length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, width, length), dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
         scratch_shapes=[scratch],
         compiler_params=params,
@@ -98,7 +99,7 @@ def forward(
         interpret=interpret,
         name="block_sparse_attention_forward",
     )(args)
-    return jnp.transpose(out[..., :length], (0, 3, 1, 2)), lse[:, :, 0, :length]
+    return jnp.transpose(out, (0, 3, 1, 2)), lse[:, :, 0]
 
 
 def _kernel(
@@ -110,6 +111,7 @@ def _kernel(
     plan: Plan,
     causal: bool,
     sunk: bool,
+    keys: int,
     offset: int,
     lookup: Lookup | None,
 ) -> None:
@@ -118,6 +120,11 @@ def _kernel(
     state[0] = jnp.full(state.shape[1:], inputs["start"][pl.program_id(1)])
     state[1] = jnp.full(state.shape[1:], 1.0 if sunk else 0.0)
     out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        parts.clear(inputs, ("key",), keys, plan.listed_length, by_columns=("value",))
+
     # What idle items leave in the spare list is never read.
     masks = causal or plan.width > 1
     pieces = [pl.ds(t * plan.chunk, plan.chunk) for t in range(plan.own // plan.chunk)]
@@ -130,7 +137,7 @@ def _kernel(
         for t in range(len(pieces)):
             query = inputs["query"][pl.ds(first(row) + t * plan.chunk, plan.chunk), :]
             for w, number in enumerate(ids):
-                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], query, 1, 1)
+                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][parts.span(plan, number), :], query, 1, 1)
 
     def place(row: Any) -> Any:
         return step * plan.rows + jnp.minimum(row, plan.rows - 1)
@@ -153,13 +160,12 @@ def _kernel(
         ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
         last = limits(ids, row, start, count)
         # Blocks are worked in squares as wide as the matrix unit, which share one comparison of rows with columns.
-        squares = [
-            (w, pl.ds(k, plan.depth), last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)
-        ]
+        squares = [(w, k, last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)]
         constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
         for t, piece in enumerate(pieces):
             own, logits = pl.ds(first(row) + t * plan.chunk, plan.chunk), []
-            for w, rows, limit in squares:
+            for w, k, limit in squares:
+                rows = pl.ds(k, plan.depth)
                 x = scratch["logits"][buffer][t, w, rows, :]
                 if "bias" in inputs:
                     x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
@@ -180,8 +186,10 @@ def _kernel(
                 jnp.sum(x, axis=0, keepdims=True) for x in weights
             )
             fresh = [
-                parts.product(inputs["value"][ids[w], :, rows], x.astype(inputs["value"].dtype), 1, 0)
-                for (w, rows, _), x in zip(squares, weights, strict=True)
+                parts.product(
+                    inputs["value"][:, parts.span(plan, ids[w], k, plan.depth)], x.astype(inputs["value"].dtype), 1, 0
+                )
+                for (w, k, _), x in zip(squares, weights, strict=True)
             ]
             out[row, :, piece] = sum(fresh, out[row, :, piece] * shrink)
 

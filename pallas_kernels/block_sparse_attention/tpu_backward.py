@@ -49,7 +49,7 @@ def backward(
     Raises:
       NotImplementedError: blocks that are not multiples of 128, or rows of a head that do not fit in VMEM.
     """
-    options = dict(causal=causal, interpret=interpret, offset=index.keys - index.queries, bias=bias)
+    options = dict(causal=causal, interpret=interpret, bias=bias)
     scaled = (query.astype(jnp.float32) * (scale * LOG2E)).astype(query.dtype)
     args = (scaled, key, value, index, key_bias, lse * LOG2E, delta, dout)
     dquery, *dtable = _query_gradient(*args, **options)
@@ -72,29 +72,28 @@ def _query_gradient(
     *,
     causal: bool,
     interpret: Any,
-    offset: int,
     bias: PositionBias | None,
 ) -> list[Array]:
     """The gradient of query `[B, N, H, d]` and, with a `bias`, of its table, in float32."""
     (batch, length, heads, width), dtype = query.shape, query.dtype
     plan = tpu_plan.make_plan(index, width)
     lists, counts, bank = tpu_plan.tables(index, plan)
-    key = parts.blocks(key, plan, dtype)
     args = {
         "lists": lists,
         "counts": counts,
-        "query": parts.rows_first(query, plan.own_length, dtype),
-        "dout": parts.rows_first(dout, plan.own_length, dtype),
+        "query": parts.rows_first(query, dtype),
+        "dout": parts.rows_first(dout, dtype),
         "lse": _row(lse, plan.own_length, 0.0),
         "delta": _row(delta, plan.own_length, 0.0),
-        "key": key,
-        "key_columns": jnp.swapaxes(key, 3, 4),
-        "value": parts.blocks(value, plan, dtype),
+        "key": parts.rows_first(key, dtype),
+        "key_columns": parts.columns_first(key, dtype),
+        "value": parts.rows_first(value, dtype),
     }
     specs = dict(zip(("lists", "counts"), parts.table_specs(index, plan, heads, len(lists)), strict=True))
     specs |= {name: parts.rows(plan, width) for name in ("query", "dout")}
     specs |= {name: parts.columns(plan, 1) for name in ("lse", "delta")}
-    specs |= {name: parts.whole(args[name], heads) for name in ("key", "key_columns", "value")}
+    specs |= {name: parts.whole(args[name], heads, plan.listed_length, width) for name in ("key", "value")}
+    specs["key_columns"] = parts.whole(args["key_columns"], heads, width, plan.listed_length)
     parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
     lookup = positions.add(args, specs, bias, plan, own_queries=True, table_gradient=True)
     squares = pltpu.VMEM((plan.own // plan.chunk, plan.width, plan.listed, plan.chunk), jnp.float32)
@@ -104,14 +103,14 @@ def _query_gradient(
         "dweights": [squares] * 2,
     }
     out_specs = {"query": parts.columns(plan, width)}
-    out_shape = {"query": jax.ShapeDtypeStruct((batch, heads, width, plan.own_length), jnp.float32)}
+    out_shape = {"query": jax.ShapeDtypeStruct((batch, heads, width, length), jnp.float32)}
     if lookup is not None:
         sums = (len(lookup.steps.buckets), *positions.REGISTER)
         out_specs["table"] = pl.BlockSpec((None, None, *sums), lambda i, j, s: (i, j, 0, 0, 0))
         out_shape["table"] = jax.ShapeDtypeStruct((batch, heads, *sums), jnp.float32)
     specs, params = parts.fit(specs, args, scratch, plan, "keys", 4 * width)
     outs = pl.pallas_call(
-        functools.partial(_query_kernel, plan=plan, causal=causal, offset=offset, lookup=lookup),
+        functools.partial(_query_kernel, plan=plan, causal=causal, sizes=(index.queries, index.keys), lookup=lookup),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs=out_specs,
@@ -122,20 +121,31 @@ def _query_gradient(
         interpret=interpret,
         name="block_sparse_attention_query_gradient",
     )(args)
-    dquery = jnp.transpose(outs["query"][..., :length], (0, 3, 1, 2))
+    dquery = jnp.transpose(outs["query"], (0, 3, 1, 2))
     return [dquery] if bias is None else [dquery, positions.table_gradient(outs["table"], bias)]
 
 
 def _query_kernel(
-    inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int, lookup: Lookup | None
+    inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, sizes: tuple[int, int], lookup: Lookup | None
 ) -> None:
-    step, out = pl.program_id(2), scratch["out"]
+    step, out, offset = pl.program_id(2), scratch["out"], sizes[1] - sizes[0]
     out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        parts.clear(inputs, ("key", "value"), sizes[1], plan.listed_length, by_columns=("key_columns",))
+
     if lookup is not None:
 
         @pl.when(step == 0)
         def _() -> None:
             outs["table"][...] = jnp.zeros(outs["table"].shape, jnp.float32)
+
+        @pl.when(step == plan.tiles - 1)
+        def _() -> None:
+            # Queries that are not there add nothing to the table's gradient.
+            own = sizes[0] - (plan.tiles - 1) * plan.step_rows
+            parts.clear(inputs, ("query", "dout"), own, plan.step_rows)
 
     chunks = range(0, plan.own, plan.chunk)
     # Blocks can be closed for their bias alone.
@@ -149,10 +159,9 @@ def _query_kernel(
         for t, chunk in enumerate(chunks):
             rows = pl.ds(first(row) + chunk, plan.chunk)
             for w, number in enumerate(ids):
-                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], inputs["query"][rows, :], 1, 1)
-                scratch["dweights"][buffer][t, w] = parts.product(
-                    inputs["value"][number], inputs["dout"][rows, :], 1, 1
-                )
+                listed = parts.span(plan, number)
+                for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
+                    scratch[name][buffer][t, w] = parts.product(inputs[left][listed, :], inputs[right][rows, :], 1, 1)
 
     def place(row: Any) -> Any:
         return step * plan.rows + jnp.minimum(row, plan.rows - 1)
@@ -189,7 +198,7 @@ def _query_kernel(
                     x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
                 x = parts.masked(x, limit + chunk) if mask and masks else x
                 dlogits = jnp.exp2(x - lse) * (scratch["dweights"][buffer][t, w, rows, :] - delta)
-                columns = inputs["key_columns"][ids[w], :, rows]
+                columns = inputs["key_columns"][:, parts.span(plan, ids[w], k, plan.depth)]
                 fresh.append(parts.product(columns, dlogits.astype(columns.dtype), 1, 0))
                 if lookup is not None:
                     found.append(dlogits)
@@ -217,7 +226,6 @@ def _key_gradients(
     *,
     causal: bool,
     interpret: Any,
-    offset: int,
     bias: PositionBias | None,
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of key and value `[B, L, G, d]` and of the bias `[B, L]`, in float32."""
@@ -228,10 +236,10 @@ def _key_gradients(
     args = {
         "lists": lists,
         "counts": counts,
-        "key": parts.rows_first(key, plan.own_length, dtype),
-        "value": parts.rows_first(value, plan.own_length, dtype),
-        "query": parts.blocks(query, plan, dtype),
-        "dout": parts.blocks(dout, plan, dtype),
+        "key": parts.rows_first(key, dtype),
+        "value": parts.rows_first(value, dtype),
+        "query": parts.rows_first(query, dtype),
+        "dout": parts.rows_first(dout, dtype),
         # Queries that fill up the last block have no weights.
         "lse": _row(lse, plan.listed_length, jnp.inf).reshape(batch, heads, plan.blocks, 1, plan.listed),
         "delta": _row(delta, plan.listed_length, 0.0).reshape(batch, heads, plan.blocks, 1, plan.listed),
@@ -239,7 +247,8 @@ def _key_gradients(
     own = pl.BlockSpec((None, None, plan.step_rows, width), lambda i, j, s: (i, parts.which(groups, heads)(j), s, 0))
     specs = dict(zip(("lists", "counts"), parts.table_specs(back, plan, heads, len(lists)), strict=True))
     specs |= {"key": own, "value": own}
-    specs |= {name: parts.whole(args[name], heads) for name in ("query", "dout", "lse", "delta")}
+    specs |= {name: parts.whole(args[name], heads, plan.listed_length, width) for name in ("query", "dout")}
+    specs |= {name: parts.whole(args[name], heads) for name in ("lse", "delta")}
     if key_bias is not None:
         args["bias"] = parts.bias_columns(key_bias, length, plan.own_length, plan.step_rows)
         specs["bias"] = pl.BlockSpec((None, None, plan.step_rows, LANES), lambda i, j, s: (i, s, 0, 0))
@@ -254,13 +263,12 @@ def _key_gradients(
     }
     specs, params = parts.fit(specs, args, scratch, plan, "queries", sum(4 * size for size in sums.values()))
     outs = pl.pallas_call(
-        functools.partial(_key_kernel, plan=plan, causal=causal, offset=offset, lookup=lookup),
+        functools.partial(_key_kernel, plan=plan, causal=causal, sizes=(index.queries, index.keys), lookup=lookup),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs={name: parts.rows(plan, size) for name, size in sums.items()},
         out_shape={
-            name: jax.ShapeDtypeStruct((batch, heads, plan.own_length, size), jnp.float32)
-            for name, size in sums.items()
+            name: jax.ShapeDtypeStruct((batch, heads, length, size), jnp.float32) for name, size in sums.items()
         },
         scratch_shapes=[scratch],
         compiler_params=params,
@@ -270,16 +278,21 @@ def _key_gradients(
     )(args)
 
     def grouped(x: Float[Array, "B H M d"]) -> Float[Array, "B L G d"]:
-        return jnp.swapaxes(x.reshape(batch, groups, -1, *x.shape[2:]).sum(2)[:, :, :length], 1, 2)
+        return jnp.swapaxes(x.reshape(batch, groups, -1, *x.shape[2:]).sum(2), 1, 2)
 
-    dbias = None if key_bias is None else jnp.sum(outs["bias"], axis=(1, 3))[:, :length]
+    dbias = None if key_bias is None else jnp.sum(outs["bias"], axis=(1, 3))
     return grouped(outs["key"]), grouped(outs["value"]), dbias
 
 
 def _key_kernel(
-    inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int, lookup: Lookup | None
+    inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, sizes: tuple[int, int], lookup: Lookup | None
 ) -> None:
-    step, sums = pl.program_id(2), scratch["sums"]
+    step, sums, offset = pl.program_id(2), scratch["sums"], sizes[1] - sizes[0]
+
+    @pl.when(step == 0)
+    def _() -> None:
+        parts.clear(inputs, ("query", "dout"), sizes[0], plan.listed_length)
+
     for total in sums.values():
         total[...] = jnp.zeros(total.shape, jnp.float32)
     chunks = range(0, plan.own, plan.chunk)
@@ -293,10 +306,9 @@ def _key_kernel(
         for t, chunk in enumerate(chunks):
             rows = pl.ds(first(row) + chunk, plan.chunk)
             for w, number in enumerate(ids):
-                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][rows, :], inputs["query"][number], 1, 1)
-                scratch["dweights"][buffer][t, w] = parts.product(
-                    inputs["value"][rows, :], inputs["dout"][number], 1, 1
-                )
+                listed = parts.span(plan, number)
+                for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
+                    scratch[name][buffer][t, w] = parts.product(inputs[left][rows, :], inputs[right][listed, :], 1, 1)
 
     def place(row: Any) -> Any:
         return step * plan.rows + jnp.minimum(row, plan.rows - 1)
@@ -334,7 +346,8 @@ def _key_kernel(
                 dlogits = weights * (
                     scratch["dweights"][buffer][t, w, :, columns] - inputs["delta"][ids[w], :, columns]
                 )
-                queries, douts = inputs["query"][ids[w], columns, :], inputs["dout"][ids[w], columns, :]
+                listed = parts.span(plan, ids[w], q, plan.depth)
+                queries, douts = inputs["query"][listed, :], inputs["dout"][listed, :]
                 fresh["key"].append(parts.product(dlogits.astype(queries.dtype), queries, 1, 0))
                 fresh["value"].append(parts.product(weights.astype(douts.dtype), douts, 1, 0))
                 if "bias" in sums:

@@ -50,16 +50,33 @@ def wide(columns: Float[Array, "q 128"], size: int) -> Float[Array, "q c"]:
     return columns if size == LANES else jnp.concatenate([columns] * (size // LANES), axis=1)
 
 
-def blocks(x: Float[Array, "B N H d"], plan: Plan, dtype: Any) -> Float[Array, "B H C q d"]:
-    """Blocks of the listed side."""
-    x = rows_first(x, plan.listed_length, dtype)
-    return x.reshape(*x.shape[:2], -1, plan.listed, x.shape[-1])
+def rows_first(x: Float[Array, "B N H d"], dtype: Any) -> Float[Array, "B H N d"]:
+    """Heads before rows. Blocks may reach past the last row, where they hold nothing that means anything."""
+    return jnp.swapaxes(x.astype(dtype), 1, 2)
 
 
-def rows_first(x: Float[Array, "B N H d"], length: int, dtype: Any) -> Float[Array, "B H M d"]:
-    """Heads before rows, padded with zeros to `length` rows."""
-    x = jnp.swapaxes(x.astype(dtype), 1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+def columns_first(x: Float[Array, "B N H d"], dtype: Any) -> Float[Array, "B H d N"]:
+    """Heads before numbers before rows."""
+    return jnp.transpose(x.astype(dtype), (0, 2, 3, 1))
+
+
+def clear(inputs: Any, names: tuple[str, ...], first: int, rows: int, *, by_columns: tuple[str, ...] = ()) -> None:
+    """Zeros in arrays of `rows` rows, or columns, from row `first` on, so that a weight of 0 there adds 0."""
+    start = first // LANES * LANES
+    if first == rows:
+        return
+    for name in (*names, *by_columns):
+        axis = 1 if name in by_columns else 0
+        place = (slice(None), pl.ds(start, rows - start))[:: 1 if axis else -1]
+        last = inputs[name][place]
+        real = start + jax.lax.broadcasted_iota(jnp.int32, last.shape, axis) < first
+        # Narrow numbers have no selection on every chip.
+        inputs[name][place] = jnp.where(real, last.astype(jnp.float32), 0.0).astype(last.dtype)
+
+
+def span(plan: Plan, number: Any, start: int = 0, size: int | None = None) -> Any:
+    """Rows of a listed block, or `size` of them from `start` on."""
+    return pl.ds(pl.multiple_of(number * plan.listed + start, LANES), plan.listed if size is None else size)
 
 
 def bias_columns(
@@ -104,10 +121,13 @@ def table_specs(index: BlockIndex, plan: Plan, heads: int, lists: int) -> tuple[
     return [spec(plan.rows * plan.capacity)] * lists, spec(plan.rows + 2)
 
 
-def whole(x: Array, heads: int) -> pl.BlockSpec:
-    """All blocks `[B, heads of x, C, ...]` of a head, in VMEM; copied once for all steps in a row that share them."""
+def whole(x: Array, heads: int, *block: int) -> pl.BlockSpec:
+    """All of a head of `x [B, heads of x, ...]`, as a `block` where that is larger, in VMEM.
+
+    Copied once for all steps in a row that share it.
+    """
     head, rest = which(x.shape[1], heads), (0,) * (x.ndim - 2)
-    return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, s: (i, head(j), *rest))
+    return pl.BlockSpec((None, None, *(block or x.shape[2:])), lambda i, j, s: (i, head(j), *rest))
 
 
 def rows(plan: Plan, width: int) -> pl.BlockSpec:
@@ -123,6 +143,13 @@ def columns(plan: Plan, width: int) -> pl.BlockSpec:
 def which(size: int, heads: int) -> Callable[[Any], Any]:
     """Maps a head to its row among `size` rows that heads share in order (1, the key heads, or all)."""
     return lambda head: head // (heads // size)
+
+
+# Arrays of the listed side by its name.
+_LISTED = {
+    "keys": {"key", "key_columns", "value", "bias", "key_positions"},
+    "queries": {"query", "dout", "lse", "delta", "weight", "query_positions"},
+}
 
 
 def fit(
@@ -145,7 +172,7 @@ def fit(
             continue
         block = [size for size in spec.block_shape if size is not None]
         size = tpu_plan.vmem_bytes(block, args[name].dtype)
-        if len(block) == 3 and name != "bank":
+        if name in _LISTED[listed]:
             resident.append(name)
             per_row += size // plan.listed_length
         else:

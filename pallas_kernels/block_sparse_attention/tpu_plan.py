@@ -89,14 +89,16 @@ def make_plan(index: BlockIndex, width: int) -> Plan:
     own, listed = _working(index.block_q), _working(index.block_k)
     lists = index.query_blocks * (index.block_q // own)
     tiles = -(-lists * own // max(_TILE_ROWS * LANES // max(width, LANES), own))
+    rows = -(-lists // tiles)
     width = max(1, _ITEM_ROWS // listed)
     capacity = index.indices.shape[-1] * (index.block_k // listed)
     unit = _matrix_width()
     return Plan(
         own=own,
         listed=listed,
-        rows=-(-lists // tiles),
-        tiles=tiles,
+        rows=rows,
+        # No tile without a list.
+        tiles=-(-lists // rows),
         width=width,
         capacity=-(-capacity // width) * width,
         blocks=index.key_blocks * (index.block_k // listed),

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
-from pallas_kernels.block_sparse_attention import tpu_plan
+from pallas_kernels.block_sparse_attention import tpu_plan, tpu_stream
 from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LN2, LOG2E, LOWEST, Plan
@@ -44,7 +44,7 @@ def forward(
     """Softmax in float32; products in the dtype of `query` with float32 accumulation.
 
     Raises:
-      NotImplementedError: blocks that are not multiples of 128, or keys of a head that do not fit in VMEM.
+      NotImplementedError: blocks that are not multiples of 128, or a bias by positions of more keys than fit in VMEM.
     """
     (batch, length, heads, width), dtype = query.shape, query.dtype
     plan = tpu_plan.make_plan(index, width)
@@ -75,7 +75,10 @@ def forward(
         "out": pltpu.VMEM((plan.rows + 1, width, plan.own), jnp.float32),
         "logits": [pltpu.VMEM(squares, jnp.float32)] * 2,
     }
-    specs, params = parts.fit(specs, args, scratch, plan, "keys", width * dtype.itemsize + 32)
+    written = width * dtype.itemsize + 32
+    if not parts.fits(specs, args, scratch, plan, "keys", written):
+        args, specs, scratch = tpu_stream.streamed(args, specs, scratch, plan, key, value)
+    specs, params = parts.fit(specs, args, scratch, plan, "keys", written)
     out, lse = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -121,9 +124,12 @@ def _kernel(
     state[1] = jnp.full(state.shape[1:], 1.0 if sunk else 0.0)
     out[...] = jnp.zeros(out.shape, jnp.float32)
 
-    @pl.when(step == 0)
-    def _() -> None:
-        parts.clear(inputs, ("key",), keys, plan.listed_length, by_columns=("value",))
+    stream = tpu_stream.Stream(inputs, scratch, plan, pl.num_programs(1)) if "buffers" in scratch else None
+    if stream is None:
+
+        @pl.when(step == 0)
+        def _() -> None:
+            parts.clear(inputs, ("key",), keys, plan.listed_length, by_columns=("value",))
 
     # What idle items leave in the spare list is never read.
     masks = causal or plan.width > 1
@@ -137,7 +143,8 @@ def _kernel(
         for t in range(len(pieces)):
             query = inputs["query"][pl.ds(first(row) + t * plan.chunk, plan.chunk), :]
             for w, number in enumerate(ids):
-                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][parts.span(plan, number), :], query, 1, 1)
+                key = inputs["key"][parts.span(plan, number), :] if stream is None else stream.at("key", buffer, w)
+                scratch["logits"][buffer][t, w] = parts.product(key, query, 1, 1)
 
     def place(row: Any) -> Any:
         return step * plan.rows + jnp.minimum(row, plan.rows - 1)
@@ -168,7 +175,8 @@ def _kernel(
                 rows = pl.ds(k, plan.depth)
                 x = scratch["logits"][buffer][t, w, rows, :]
                 if "bias" in inputs:
-                    x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
+                    bias = inputs["bias"][ids[w], rows, :] if stream is None else stream.at("bias", buffer, w, rows)
+                    x += parts.wide(bias, plan.chunk)
                 if constant is not None:
                     x += constant
                 elif lookup is not None:
@@ -185,15 +193,16 @@ def _kernel(
             state[1, row, :, piece] = state[1, row, :, piece] * shrink + sum(
                 jnp.sum(x, axis=0, keepdims=True) for x in weights
             )
-            fresh = [
-                parts.product(
-                    inputs["value"][:, parts.span(plan, ids[w], k, plan.depth)], x.astype(inputs["value"].dtype), 1, 0
-                )
-                for (w, k, _), x in zip(squares, weights, strict=True)
-            ]
+            fresh = []
+            for (w, k, _), x in zip(squares, weights, strict=True):
+                if stream is None:
+                    value = inputs["value"][:, parts.span(plan, ids[w], k, plan.depth)]
+                else:
+                    value = stream.at("value", buffer, w, slice(None), pl.ds(k, plan.depth))
+                fresh.append(parts.product(value, x.astype(value.dtype), 1, 0))
             out[row, :, piece] = sum(fresh, out[row, :, piece] * shrink)
 
-    tpu_plan.walk(counts, plan, put, use, opens)
+    tpu_plan.walk(counts, plan, put, use, opens, stream)
     for row in range(plan.rows):
         columns = pl.ds(row * plan.own, plan.own)
         some = state[1, row] > 0

@@ -152,18 +152,18 @@ _LISTED = {
 }
 
 
-def fit(
+def fits(specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str, written: int) -> bool:
+    """Whether `fit` refuses nothing."""
+    per_row, fixed, _ = _demand(specs, args, scratch, plan, listed, written)
+    return tpu_plan.fits(per_row, plan.listed_length, fixed)
+
+
+def _demand(
     specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str, written: int
-) -> tuple[dict[str, Any], Any]:
-    """The specs as they fit in VMEM, and what to ask of the compiler.
-
-    The `listed` rows of the next head are fetched while this one is worked, or only at its turn where two do not fit. Heads and
-    batch rows may go to different cores; tiles of one head share its listed rows. A step writes `written` bytes an own row.
-
-    Raises:
-      NotImplementedError: blocks and scratch do not fit.
-    """
-    fixed = sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(scratch))
+) -> tuple[int, int, list[str]]:
+    """Bytes of VMEM for each listed row, bytes for the rest, and the names of what lies there whole."""
+    memory = [leaf for leaf in jax.tree.leaves(scratch) if leaf.memory_space == pltpu.VMEM]
+    fixed = sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in memory)
     # Whatever the grid moves a step at a time has two buffers.
     fixed += 2 * plan.step_rows * written
     per_row, resident = 0, []
@@ -177,6 +177,21 @@ def fit(
             per_row += size // plan.listed_length
         else:
             fixed += 2 * size
+    return per_row, fixed, resident
+
+
+def fit(
+    specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str, written: int
+) -> tuple[dict[str, Any], Any]:
+    """The specs as they fit in VMEM, and what to ask of the compiler.
+
+    The `listed` rows of the next head are fetched while this one is worked, or only at its turn where two do not fit. Heads and
+    batch rows may go to different cores; tiles of one head share its listed rows. A step writes `written` bytes an own row.
+
+    Raises:
+      NotImplementedError: blocks and scratch do not fit.
+    """
+    per_row, fixed, resident = _demand(specs, args, scratch, plan, listed, written)
     buffers, limit = tpu_plan.vmem_limit(per_row, plan.listed_length, fixed, listed)
     if buffers == 1:
         once = {

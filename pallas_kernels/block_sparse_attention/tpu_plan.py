@@ -234,10 +234,10 @@ def walk(
                 if stream is not None:
                     stream.start("key", buffer, *after(*ahead))
                     stream.start("value", 1 - buffer, *ahead)
+                    # Nothing may wait between the two: the compiler works them side by side.
                     stream.wait("key", 1 - buffer)
-                put(1 - buffer, *ahead)
-                if stream is not None:
                     stream.wait("value", buffer)
+                put(1 - buffer, *ahead)
                 use(buffer, own(item[0]), item[1], counts[0, item[0]], mask)
 
         both = [opens(*item, counts[0, item[0]]) for item in (first, second)]

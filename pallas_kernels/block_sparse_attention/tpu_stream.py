@@ -21,7 +21,7 @@ from pallas_kernels.block_sparse_attention import tpu_parts as parts
 from pallas_kernels.block_sparse_attention.tpu_plan import Plan
 
 # What the products need, and what the softmax needs.
-KINDS = ("key", "value")
+_ARRAYS = {"key": ("key",), "value": ("value", "bias")}
 
 
 def streamed(
@@ -34,7 +34,7 @@ def streamed(
         blocks["bias"] = args["bias"][:, None]
     buffers = {name: pltpu.VMEM((2, plan.width, *x.shape[3:]), x.dtype) for name, x in blocks.items()}
     specs = specs | {name: pl.BlockSpec(memory_space=pl.ANY) for name in blocks}
-    scratch = scratch | {"buffers": buffers, "arrived": pltpu.SemaphoreType.DMA((len(KINDS), 2))}
+    scratch = scratch | {"buffers": buffers, "arrived": pltpu.SemaphoreType.DMA((len(_ARRAYS), 2))}
     return args | blocks, specs, scratch
 
 
@@ -49,31 +49,30 @@ class Stream:
 
     def start(self, kind: str, buffer: int, row: Any, start: Any) -> None:
         """Starts to copy the blocks of an item into a buffer."""
-        for w, number in enumerate(parts.numbers(self.inputs["lists"][0], self.plan, row, start)):
-            for copy in self._copies(kind, buffer, w, number):
-                copy.start()
+        numbers = parts.numbers(self.inputs["lists"][0], self.plan, row, start)
+        for name in self._names(kind):
+            blocks = self.inputs[name]
+            place = pl.program_id(0) if blocks.shape[0] > 1 else 0
+            head = parts.which(blocks.shape[1], self.heads)(pl.program_id(1))
+            for w, number in enumerate(numbers):
+                target = self.scratch["buffers"][name].at[buffer, w]
+                pltpu.make_async_copy(blocks.at[place, head, number], target, self._arrived(kind, buffer)).start()
 
     def wait(self, kind: str, buffer: int) -> None:
-        """Waits for the blocks of a buffer."""
-        for w in range(self.plan.width):
-            for copy in self._copies(kind, buffer, w, 0):
-                copy.wait()
+        """Waits for the blocks of a buffer, all together."""
+        for name in self._names(kind):
+            target = self.scratch["buffers"][name].at[buffer]
+            pltpu.make_async_copy(target, target, self._arrived(kind, buffer)).wait()
 
     def at(self, name: str, buffer: int, w: int, *place: Any) -> Array:
         """A block of an item, or a part of it."""
         return self.scratch["buffers"][name][(buffer, w, *place)]
 
-    def _copies(self, kind: str, buffer: int, w: int, number: Any) -> list[Any]:
-        names = [kind] if kind == "key" else [name for name in ("value", "bias") if name in self.inputs]
-        arrived = self.scratch["arrived"].at[KINDS.index(kind), buffer]
-        copies = []
-        for name in names:
-            source = self.inputs[name]
-            row = pl.program_id(0) if source.shape[0] > 1 else 0
-            head = parts.which(source.shape[1], self.heads)(pl.program_id(1))
-            target = self.scratch["buffers"][name].at[buffer, w]
-            copies.append(pltpu.make_async_copy(source.at[row, head, number], target, arrived))
-        return copies
+    def _names(self, kind: str) -> list[str]:
+        return [name for name in _ARRAYS[kind] if name in self.inputs]
+
+    def _arrived(self, kind: str, buffer: int) -> Any:
+        return self.scratch["arrived"].at[list(_ARRAYS).index(kind), buffer]
 
 
 def _blocks(x: Float[Array, "B L G d"], plan: Plan, dtype: Any) -> Float[Array, "B G C q d"]:

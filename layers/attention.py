@@ -27,6 +27,7 @@ from pallas_kernels.biased_flash_attention import (
     biased_attention,
 )
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention
+from pallas_kernels.position_bias import PositionBias
 from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 
 # Signals that attention can hand out; all but "attention" without a map of all queries by all keys.
@@ -121,7 +122,7 @@ class Attention(nn.Module):
         *,
         key_bias: Float[Array, "B K"] | None = None,
         key_mask: Float[Array, "B K"] | None = None,
-        bias: Float[Array, "b H Q K"] | None = None,
+        bias: Float[Array, "b H Q K"] | PositionBias | None = None,
         causal: bool = False,
         block_index: BlockIndex | None = None,
         positions: Num[Array, "b Q"] | None = None,
@@ -135,7 +136,7 @@ class Attention(nn.Module):
           key_bias: `[B, K]` added to the logits of each key: log mass, gate values; -inf removes a key.
           key_mask: `[B, K]` in {0, 1}, a mask of keys that a gradient reaches (`adaptive.rates.masked`): plain self-attention
             with the whole map in memory, for learning rates. Signals see the keys at 1.
-          bias: `[1 or B, H, Q, K]` added to the logits.
+          bias: `[1 or B, H, Q, K]` added to the logits, or what it is made from where it is used.
           causal: queries see no later keys.
           block_index: blocks of keys that each block of queries attends to; all when None. It takes no `bias` and hands out no
             signal that is a part of the dense map.
@@ -197,7 +198,7 @@ class Attention(nn.Module):
         memory: Memory,
         *,
         key_bias: Float[Array, "B K"] | None = None,
-        bias: Float[Array, "b H Q K"] | None = None,
+        bias: Float[Array, "b H Q K"] | PositionBias | None = None,
         causal: bool = False,
         positions: Num[Array, "b Q"] | None = None,
         pages: Pages | None = None,
@@ -284,7 +285,7 @@ def _check_signals(signals: tuple[str, ...], causal: bool) -> None:
         raise ValueError("cls_attention is the row of token 0, which sees only itself under a causal mask")
 
 
-def _check_sparse(signals: tuple[str, ...], bias: Array | None) -> None:
+def _check_sparse(signals: tuple[str, ...], bias: Array | PositionBias | None) -> None:
     if bias is not None:
         raise ValueError(f"lists of blocks take a bias on keys (key_bias) and none on pairs; got bias {bias.shape}")
     if dense := sorted(_OF_THE_MAP & set(signals)):
@@ -300,7 +301,9 @@ def _attention_signals(
     handed = {}
     if "cls_attention" in signals:
         bias = options["bias"]
-        first = {**options, "bias": None if bias is None else bias[:, :, :1]}
+        if bias is not None:
+            bias = bias.queries(slice(1)) if isinstance(bias, PositionBias) else bias[:, :, :1]
+        first = {**options, "bias": bias}
         row = attention_column_stats(query[:, :1], key, implementation=implementation, **first)
         handed["cls_attention"] = jnp.mean(row, axis=1)
     if "column_sums" in signals:

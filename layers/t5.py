@@ -21,10 +21,11 @@ from layers.delete_gate import DeleteGate
 from layers.hooks import follow
 from layers.norms import RMSNorm
 from layers.parts import Parts, check_unrolled
-from layers.relative_bias import RelativeBias
+from layers.relative_bias import RelativeBias, by_kernels
 from layers.sharding import along_batch
 from layers.t5_decoding import Decoding, add
 from layers.t5_layers import DecoderLayer, EncoderLayer, EncoderState, ScannedDecoderLayer, ScannedEncoderLayer
+from pallas_kernels.position_bias import PositionBias
 
 DELETIONS = (None, "soft", "hard")
 
@@ -380,12 +381,14 @@ class T5(Decoding):
             counts.append(state.tokens.count)
         return state
 
-    def _encoder_bias(self, state: EncoderState) -> Float[Array, "b H N N"]:
+    def _encoder_bias(self, state: EncoderState) -> Float[Array, "b H N N"] | PositionBias:
         """Relative bias at the original positions; without a batch axis to repeat while all rows share them."""
-        coords = state.tokens.coords[..., 0]
+        coords = state.tokens.coords[..., 0] if state.moved else state.tokens.coords[:1, :, 0]
+        if by_kernels() and (state.moved or state.chunk is None):
+            return self.encoder_bias(coords, coords, dense=False)
+        bias = self.encoder_bias(coords, coords)
         if state.moved:
-            return along_batch(self.encoder_bias(coords, coords))
-        bias = self.encoder_bias(coords[:1], coords[:1])
+            return along_batch(bias)
         if state.chunk is None:
             return bias
         own = state.chunk[:, :, None] == state.chunk[:, None, :]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from layers.relative_bias import by_kernels
 from layers.sharding import along_batch
 from layers.t5_layers import DecoderCache, Encoded
 
@@ -107,7 +108,7 @@ class Decoding(nn.Module):
     ) -> tuple[Float[Array, "B T V"], Float[Array, " B"] | None]:
         """Logits `[B, T, V]`, and the score excess of cross-attention."""
         positions = jnp.arange(decoder_input_ids.shape[1], dtype=jnp.float32)[None]
-        bias = self.decoder_bias(positions, positions)
+        bias = self.decoder_bias(positions, positions, dense=not by_kernels())
         x, total = along_batch(self.embedding(decoder_input_ids)), None
         if self.scan_layers:
             x, excess = self.decoder(x, encoded, bias, key_bias, deterministic)

@@ -17,6 +17,7 @@ from layers.linear import Initializer
 from layers.norms import RMSNorm
 from layers.parts import Parts
 from layers.sharding import along_batch
+from pallas_kernels.position_bias import PositionBias
 
 
 @flax.struct.dataclass
@@ -116,9 +117,14 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], bias: Array, key_bias: Array, signals: tuple[str, ...], deterministic: bool
+        self,
+        x: Float[Array, "B N D"],
+        bias: Array | PositionBias,
+        key_bias: Array,
+        signals: tuple[str, ...],
+        deterministic: bool,
     ) -> tuple[Float[Array, "B N D"], Signals]:
-        """`x` after the layer; `bias [1 or B, H, N, N]`, `key_bias [B, N]`."""
+        """`x` after the layer; `bias [1 or B, H, N, N]`, or what it is made from; `key_bias [B, N]`."""
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         signals += _own_signals(self)
         attended, found = _attention(self, "attention")(
@@ -158,7 +164,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         encoded: Float[Array, "B M D"],
-        bias: Array,
+        bias: Array | PositionBias,
         key_bias: Array,
         deterministic: bool,
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"] | None]:
@@ -235,7 +241,9 @@ class ScannedEncoderLayer(nn.Module):
     layer: dict[str, Any]
 
     @nn.compact
-    def __call__(self, x: Array, bias: Array, key_bias: Array, deterministic: bool) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Array, bias: Array | PositionBias, key_bias: Array, deterministic: bool
+    ) -> tuple[Array, Array | None]:
         x, found = EncoderLayer(**self.layer, name="layer")(x, bias, key_bias, (), deterministic)
         return x, found.score_excess
 
@@ -249,7 +257,7 @@ class ScannedDecoderLayer(nn.Module):
         self.single = DecoderLayer(**self.layer, name="layer")
 
     def __call__(
-        self, x: Array, encoded: Array, bias: Array, key_bias: Array, deterministic: bool
+        self, x: Array, encoded: Array, bias: Array | PositionBias, key_bias: Array, deterministic: bool
     ) -> tuple[Array, Array | None]:
         return self.single(x, encoded, bias, key_bias, deterministic)
 

@@ -28,6 +28,7 @@ from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_atten
 from pallas_kernels.block_sparse_attention import specs as sparse_specs
 from pallas_kernels.compact import specs as compact_specs
 from pallas_kernels.merge import specs as merge_specs
+from pallas_kernels.position_bias import PositionBias
 from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
 from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 from pallas_kernels.sparse_decode_attention import specs as decode_specs
@@ -169,7 +170,10 @@ def _block_sparse_attention(implementation: str) -> Iterator[Case]:
         def attend(arrays: Any, index: Any, causal: bool = spec.causal) -> Any:
             return block_sparse_attention(**arrays, index=index, causal=causal, implementation=implementation)
 
-        yield Case(name, "forward and backward", _both(attend), (query, arrays, index))
+        if spec.gradients:
+            yield Case(name, "forward and backward", _both(attend), (query, arrays, index))
+        else:
+            yield Case(name, "forward", attend, (arrays, index))
 
 
 def _biased_flash_attention(implementation: str) -> Iterator[Case]:
@@ -177,16 +181,25 @@ def _biased_flash_attention(implementation: str) -> Iterator[Case]:
         shapes = [(spec.batch, spec.tokens, heads, spec.width) for heads in (spec.heads, spec.groups, spec.groups)]
         query, key, value = (_Array(shape, spec.dtype) for shape in shapes)
         bias = _Array((spec.batch, spec.tokens), jnp.float32)
+        table = _Array((spec.buckets, spec.heads), jnp.float32) if spec.buckets else None
+        # Bytes that are left after deletion stand where they stood, in each row elsewhere.
+        positions = _Array((spec.batch, spec.tokens), jnp.int32) if spec.buckets else None
         options = {"causal": spec.causal, "softmax": spec.softmax, "implementation": implementation}
 
-        def attend(arrays: Any, _: None, options: Any = options) -> Any:
-            return biased_attention(*arrays[:3], key_bias=arrays[3], **options)
+        def attend(arrays: Any, positions: Any, options: Any = options) -> Any:
+            *arrays, key_bias, table = arrays
+            return biased_attention(*arrays, key_bias=key_bias, bias=_by_positions(table, positions), **options)
 
-        def stats(query: Any, key: Any, key_bias: Any, options: Any = options) -> Any:
-            return attention_column_stats(query, key, key_bias=key_bias, **options)
+        def stats(query: Any, key: Any, key_bias: Any, table: Any, positions: Any, options: Any = options) -> Any:
+            bias = _by_positions(table, positions)
+            return attention_column_stats(query, key, key_bias=key_bias, bias=bias, **options)
 
-        yield Case(name, "forward and backward", _both(attend), (query, (query, key, value, bias), None))
-        yield Case(name, "column statistics", stats, (query, key, bias))
+        yield Case(name, "forward and backward", _both(attend), (query, (query, key, value, bias, table), positions))
+        yield Case(name, "column statistics", stats, (query, key, bias, table, positions))
+
+
+def _by_positions(table: Any, positions: Any) -> PositionBias | None:
+    return None if table is None else PositionBias(table, positions, positions)
 
 
 def _both(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.biased_flash_attention import gpu, reference, tpu, xla
+from pallas_kernels.position_bias import PositionBias
 
 SOFTMAX = ("standard", "off_by_one")
 STATISTICS = ("sum", "max")
@@ -40,7 +41,7 @@ def biased_attention(
     value: Float[Array, "B K G d"],
     *,
     key_bias: Float[Array, "B K"] | None = None,
-    bias: Float[Array, "b H Q K"] | None = None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None = None,
     causal: bool = False,
     softmax: str = "standard",
     scale: float | None = None,
@@ -51,7 +52,8 @@ def biased_attention(
     Args:
       query, key, value: `[B, Q, H, d]`, `[B, K, G, d]`, `[B, K, G, d]`; query head h reads key head `h // (H / G)`.
       key_bias: `[B, K]` added to the logits of each key (log mass, gate values); -inf removes a key.
-      bias: `[1 or B, H, Q, K]` added to the logits (relative positions).
+      bias: `[1 or B, H, Q, K]` added to the logits; or a `PositionBias`, of which kernels make no such array, and whose table
+        has a gradient.
       causal: query i, standing at key i + K - Q, sees no key after it.
       softmax: "standard", or "off_by_one" with a 1 added to the denominator, so that a query may attend to nothing.
       scale: factor of the products; `d ** -0.5` when None.
@@ -61,8 +63,9 @@ def biased_attention(
 
     Raises:
       ValueError: shapes do not fit, or an unknown `softmax`.
-      NotImplementedError: the named implementation is not there or cannot do it: on TPUs and GPUs there is no `bias`; on
-        TPUs the keys of a head (for gradients its queries too) must fit in VMEM; on GPUs heads are at most 256 wide.
+      NotImplementedError: the named implementation is not there or cannot do it: TPUs and GPUs take no `bias` of all pairs; on
+        TPUs, for gradients or with a `PositionBias`, the keys of a head (and its queries) must fit in VMEM; on GPUs heads
+        are at most 256 wide, or 128 with a `PositionBias` (64 in float32).
 
     Source: key bias log(size): Bolya et al. 2023, eq. 1; softmax off by one: Miller 2023, as used by Kallini et al. 2025.
     """
@@ -77,7 +80,7 @@ def attention_column_stats(
     key: Float[Array, "B K G d"],
     *,
     key_bias: Float[Array, "B K"] | None = None,
-    bias: Float[Array, "b H Q K"] | None = None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None = None,
     causal: bool = False,
     softmax: str = "standard",
     scale: float | None = None,
@@ -108,7 +111,7 @@ def attention_score_excess(
     key: Float[Array, "B K G d"],
     *,
     threshold: float = 5.0,
-    bias: Float[Array, "b H Q K"] | None = None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None = None,
     scale: float | None = None,
     query_mask: Bool[Array, "B Q"] | None = None,
     key_mask: Bool[Array, "B K"] | None = None,
@@ -146,7 +149,7 @@ def attention_map(
     key: Float[Array, "B K G d"],
     *,
     key_bias: Float[Array, "B K"] | None = None,
-    bias: Float[Array, "b H Q K"] | None = None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None = None,
     causal: bool = False,
     softmax: str = "standard",
     scale: float | None = None,
@@ -162,7 +165,7 @@ def _check(
     key: Array,
     value: Array | None,
     key_bias: Array | None,
-    bias: Array | None,
+    bias: Array | PositionBias | None,
     causal: bool,
     softmax: str,
 ) -> None:

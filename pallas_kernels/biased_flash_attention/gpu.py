@@ -20,8 +20,10 @@ from pallas_kernels.biased_flash_attention.over_blocks import Kernels
 from pallas_kernels.block_sparse_attention import gpu as sparse
 from pallas_kernels.block_sparse_attention import gpu_backward
 from pallas_kernels.block_sparse_attention import gpu_parts as parts
+from pallas_kernels.block_sparse_attention import gpu_positions as positions
 from pallas_kernels.block_sparse_attention.gpu_parts import LOG2E, Plan
 from pallas_kernels.block_sparse_attention.index import BlockIndex
+from pallas_kernels.position_bias import PositionBias
 
 # The tallest tile of the kernels.
 _LARGEST = 128
@@ -38,12 +40,13 @@ def _columns(
     causal: bool,
     scale: float,
     statistic: str,
+    bias: PositionBias | None = None,
     interpret: Any,
 ) -> Float[Array, "B H K"]:
     """Statistics of the weights given the log-sum-exp of rows in base 2."""
     (batch, rows, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
     back = index.transposed()
-    plan = parts.make_plan(back, *parts.sizes("forward", width, dtype))
+    plan = parts.make_plan(back, *parts.sizes("forward", width, dtype, positions=bias is not None))
     share = heads // groups
     weight = jnp.ones((batch, rows)) if query_weight is None else query_weight
     args = {
@@ -54,6 +57,7 @@ def _columns(
         "weight": parts.last_padded(weight, plan.listed_length),
         **parts.lists(back, causal, own_queries=False),
     }
+    positions.add(args, bias, plan, own_queries=False)
     wide = args["key"].shape[3]
     specs = {
         "key": pl.BlockSpec((None, plan.own, None, wide), lambda tile, head, i: (i, tile, head // share, 0)),
@@ -81,13 +85,15 @@ def _columns(
 def _kernel(refs: dict[str, Any], out_ref: Any, *, plan: Plan, causal: bool, factor: float, statistic: str) -> None:
     tile, head, row = (pl.program_id(axis) for axis in range(3))
     place = parts.place(refs["ids"], row, head, pl.num_programs(1), tile, plan)
-    key = refs["key"][...]
+    key, stands = refs["key"][...], positions.own(refs, row, tile, plan)
 
     def work(number: Any, start: Any, mask: Any, masked: bool, total: Any) -> Any:
         rows = pl.ds(number * plan.listed_block + start, plan.listed)
         logits = parts.product(key, refs["query"][rows, :], 1, 1) * factor
         if "bias" in refs:
             logits += refs["bias"][...][:, None]
+        if stands is not None:
+            logits += positions.bias(refs, head, positions.relative(refs, row, rows, stands, own_queries=False))
         if masked:
             pairs = parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, False)
             logits = jnp.where(pairs, logits, -jnp.inf)

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import partition
 from pallas_kernels.biased_flash_attention import xla
 from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
+from pallas_kernels.position_bias import PositionBias, by_batch
 
 LOG2E = 1.4426950408889634
 
@@ -35,7 +35,7 @@ class Kernels:
     Attributes:
       platform: for messages.
       forward, backward: of block-sparse attention.
-      columns: `(query, key, index, key_bias, lse, query_weight, *, causal, scale, statistic, interpret)`, statistics
+      columns: `(query, key, index, key_bias, lse, query_weight, *, causal, scale, statistic, bias, interpret)`, statistics
         `[B, H, K]` of the weights given the log-sum-exp `[B, H, Q]` of rows in base 2.
       block: number of rows, or of keys, to the size of their blocks.
     """
@@ -53,7 +53,7 @@ class Kernels:
         value: Float[Array, "B K G d"],
         *,
         key_bias: Float[Array, "B K"] | None,
-        bias: Float[Array, "b H Q K"] | None,
+        bias: Float[Array, "b H Q K"] | PositionBias | None,
         causal: bool,
         softmax: str,
         scale: float,
@@ -62,14 +62,14 @@ class Kernels:
         """Softmax in float32; products in the dtype of `query` with float32 accumulation.
 
         Raises:
-          NotImplementedError: a `bias`, values of another width than the keys, or shapes that the kernels cannot take.
+          NotImplementedError: a `bias` of all pairs, values of another width than keys, or shapes that kernels cannot take.
         """
         self._refuse(bias)
         if value.shape != key.shape:
             raise NotImplementedError(f"values {value.shape} must be as wide as keys {key.shape}")
         index = self.all_blocks(query.shape[1], key.shape[1], causal)
         passes = _passes(self, interpret)
-        return attend(passes, causal, scale, query, key, value, index, key_bias, _sinks(query, softmax))[0]
+        return attend(passes, causal, scale, query, key, value, index, key_bias, _sinks(query, softmax), bias)[0]
 
     def attention_column_stats(
         self,
@@ -77,7 +77,7 @@ class Kernels:
         key: Float[Array, "B K G d"],
         *,
         key_bias: Float[Array, "B K"] | None,
-        bias: Float[Array, "b H Q K"] | None,
+        bias: Float[Array, "b H Q K"] | PositionBias | None,
         causal: bool,
         softmax: str,
         scale: float,
@@ -88,10 +88,11 @@ class Kernels:
         """Two passes, one for the log-sum-exp of rows and one for the columns; the gradient is that of the plain form.
 
         Raises:
-          NotImplementedError: a `bias`, or shapes that the kernels cannot take.
+          NotImplementedError: a `bias` of all pairs, or shapes that the kernels cannot take.
         """
         self._refuse(bias)
-        return _column_stats((self, causal, softmax, scale, statistic, interpret), query, key, key_bias, query_weight)
+        static = (self, causal, softmax, scale, statistic, interpret)
+        return _column_stats(static, query, key, key_bias, query_weight, bias)
 
     def all_blocks(self, queries: int, keys: int, causal: bool) -> BlockIndex:
         """The list of all blocks, or of those up to the diagonal when `causal`, in the block sizes that suit the lengths."""
@@ -101,10 +102,11 @@ class Kernels:
         mask = (first <= last) | (not causal)
         return from_block_mask(mask[None, None], queries=queries, keys=keys, block_q=block_q, block_k=block_k)
 
-    def _refuse(self, bias: Array | None) -> None:
-        if bias is not None:
+    def _refuse(self, bias: Array | PositionBias | None) -> None:
+        if isinstance(bias, jax.Array | np.ndarray):
             raise NotImplementedError(
-                f"a bias of all queries by all keys, {bias.shape}, has no {self.platform} kernel; key_bias has"
+                f"a bias of all queries by all keys, {bias.shape}, has no {self.platform} kernel; key_bias and a "
+                "PositionBias have"
             )
 
 
@@ -119,16 +121,23 @@ def _passes(kernels: Kernels, interpret: Any) -> Passes:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _column_stats(static: tuple, query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
+def _column_stats(
+    static: tuple,
+    query: Array,
+    key: Array,
+    key_bias: Array | None,
+    query_weight: Array | None,
+    bias: PositionBias | None,
+) -> Array:
     kernels, causal, softmax, scale, statistic, interpret = static
     index = kernels.all_blocks(query.shape[1], key.shape[1], causal)
-    options = dict(causal=causal, scale=scale, interpret=interpret)
     # The output of the first pass is not used; keys stand in for values.
-    forward = partition.by_batch(kernels.forward, shared=(5,))
-    _, lse = forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
+    arrays = (query, key, key, index, key_bias, _sinks(query, softmax))
+    _, lse = _passes(kernels, interpret).run("forward", *arrays, bias=bias, causal=causal, scale=scale)
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
-    columns = partition.by_batch(kernels.columns)
-    return columns(query, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
+    options = dict(causal=causal, scale=scale, statistic=statistic, interpret=interpret)
+    columns = by_batch(functools.partial(kernels.columns, **options), bias)
+    return columns(query, key, index, key_bias, lse, query_weight)
 
 
 def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:
@@ -137,12 +146,15 @@ def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:
 
 def _stats_backward(static: tuple, args: Any, cotangent: Array) -> tuple[Any, ...]:
     _, causal, softmax, scale, statistic, _ = static
+    *arrays, bias = args
 
-    def plain(query: Array, key: Array, key_bias: Array | None, query_weight: Array | None) -> Array:
-        options = dict(bias=None, causal=causal, softmax=softmax, scale=scale, statistic=statistic)
-        return xla.attention_column_stats(query, key, key_bias=key_bias, query_weight=query_weight, **options)
+    def plain(table: Array | None, query: Array, key: Array, key_bias: Array | None, weight: Array | None) -> Array:
+        options = dict(causal=causal, softmax=softmax, scale=scale, statistic=statistic)
+        own = None if bias is None else dataclasses.replace(bias, table=table)
+        return xla.attention_column_stats(query, key, key_bias=key_bias, bias=own, query_weight=weight, **options)
 
-    return jax.vjp(plain, *args)[1](cotangent)
+    dtable, *grads = jax.vjp(plain, None if bias is None else bias.table, *arrays)[1](cotangent)
+    return (*grads, None if bias is None else bias.gradient(dtable))
 
 
 _column_stats.defvjp(_stats_forward, _stats_backward)

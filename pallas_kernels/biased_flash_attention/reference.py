@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.position_bias import PositionBias
+
 
 def attention_map(
     query: Float[Array, "B Q H d"],
     key: Float[Array, "B K G d"],
     *,
     key_bias: Float[Array, "B K"] | None = None,
-    bias: Float[Array, "b H Q K"] | None = None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None = None,
     causal: bool = False,
     softmax: str = "standard",
     scale: float | None = None,
@@ -28,6 +30,7 @@ def attention_map(
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=jax.lax.Precision.HIGHEST) * scale
     if bias is not None:
+        bias = bias.dense() if isinstance(bias, PositionBias) else bias
         logits += bias.astype(jnp.float32)
     if key_bias is not None:
         logits += key_bias.astype(jnp.float32)[:, None, None, :]
@@ -74,7 +77,7 @@ def attention_score_excess(
     key: Array,
     *,
     threshold: float,
-    bias: Array | None,
+    bias: Array | PositionBias | None,
     scale: float,
     query_mask: Bool[Array, "B Q"] | None,
     key_mask: Bool[Array, "B K"] | None,
@@ -84,6 +87,7 @@ def attention_score_excess(
     key = jnp.repeat(key, heads // key.shape[2], axis=2).astype(jnp.float32)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query.astype(jnp.float32), key, precision=jax.lax.Precision.HIGHEST) * scale
     if bias is not None:
+        bias = bias.dense() if isinstance(bias, PositionBias) else bias
         logits += bias.astype(jnp.float32)
     pairs = jnp.ones((query.shape[0], 1, query.shape[1], key.shape[1]), bool)
     if query_mask is not None:

@@ -8,7 +8,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """B sequences of N tokens, H heads over G key heads of width d; causal or not, softmax off by one or not."""
+    """B sequences of N tokens, H heads over G key heads of width d; causal or not, softmax off by one or not.
+
+    `buckets` are those of T5's bias by relative positions; 0 for no such bias.
+    """
 
     batch: int
     tokens: int
@@ -18,6 +21,7 @@ class Spec:
     causal: bool = False
     softmax: str = "standard"
     dtype: str = "bfloat16"
+    buckets: int = 0
 
 
 NAMED = {
@@ -25,6 +29,7 @@ NAMED = {
     "vit_large_577": Spec(8, 577, 16, 16, 64),
     # Deleted bytes by the gate's logits.
     "mrt5_small_1024": Spec(8, 1024, 6, 6, 64, softmax="off_by_one"),
+    "mrt5_small_1024_positions": Spec(8, 1024, 6, 6, 64, softmax="off_by_one", buckets=32),
     "llama_8b_2048": Spec(1, 2048, 32, 8, 128, causal=True),
     "small_float32": Spec(2, 300, 4, 4, 64, causal=True, softmax="off_by_one", dtype="float32"),
 }

@@ -19,8 +19,11 @@ from pallas_kernels.biased_flash_attention.over_blocks import Kernels
 from pallas_kernels.block_sparse_attention import tpu as sparse
 from pallas_kernels.block_sparse_attention import tpu_backward, tpu_plan
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
+from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LANES, LOG2E, Plan
+from pallas_kernels.block_sparse_attention.tpu_positions import Lookup
+from pallas_kernels.position_bias import PositionBias
 
 # Block sizes and the time of a padded row in each, by the compiler's schedules for v5e.
 _BLOCKS = {512: 1.0, 384: 1.0, 256: 1.07, 128: 1.12}
@@ -37,6 +40,7 @@ def _columns(
     causal: bool,
     scale: float,
     statistic: str,
+    bias: PositionBias | None = None,
     interpret: Any,
 ) -> Float[Array, "B H K"]:
     """Statistics of the weights given the log-sum-exp of rows in base 2."""
@@ -54,8 +58,8 @@ def _columns(
     args = {
         "lists": lists,
         "counts": counts,
-        "key": parts.rows_first(key, plan.own_length, dtype),
-        "query": parts.blocks(query, plan, dtype),
+        "key": parts.rows_first(key, dtype),
+        "query": parts.rows_first(query, dtype),
         # Queries that fill up the last block have no weights.
         "lse": blocks(lse, jnp.inf),
         "weight": blocks(weight[:, None], 0.0),
@@ -63,21 +67,23 @@ def _columns(
     specs = dict(zip(("lists", "counts"), parts.table_specs(back, plan, heads, len(lists)), strict=True))
     head = parts.which(groups, heads)
     specs["key"] = pl.BlockSpec((None, None, plan.step_rows, width), lambda i, j, s: (i, head(j), s, 0))
-    specs |= {name: parts.whole(args[name], heads) for name in ("query", "lse", "weight")}
+    specs["query"] = parts.whole(args["query"], heads, plan.listed_length, width)
+    specs |= {name: parts.whole(args[name], heads) for name in ("lse", "weight")}
     if key_bias is not None:
         args["bias"] = parts.bias_columns(key_bias, length, plan.own_length, plan.step_rows)
         specs["bias"] = pl.BlockSpec((None, None, plan.step_rows, LANES), lambda i, j, s: (i, s, 0, 0))
+    lookup = positions.add(args, specs, bias, plan, own_queries=False)
     scratch = {
         "out": pltpu.VMEM((plan.rows + 1, plan.own, LANES), jnp.float32),
         "logits": [pltpu.VMEM((plan.own // plan.chunk, plan.width, plan.chunk, plan.listed), jnp.float32)] * 2,
     }
     specs, params = parts.fit(specs, args, scratch, plan, "queries", 4 * LANES)
     out = pl.pallas_call(
-        functools.partial(_kernel, plan=plan, causal=causal, offset=length - rows, statistic=statistic),
+        functools.partial(_kernel, plan=plan, causal=causal, sizes=(rows, length), statistic=statistic, lookup=lookup),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs=parts.rows(plan, LANES),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, plan.own_length, LANES), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, length, LANES), jnp.float32),
         scratch_shapes=[scratch],
         compiler_params=params,
         cost_estimate=parts.cost(args, plan, batch * heads, 2 * width),
@@ -85,49 +91,76 @@ def _columns(
         name="attention_column_stats",
     )(args)
     # Each lane holds the queries of its column in all blocks.
-    return (jnp.max if statistic == "max" else jnp.sum)(out[:, :, :length], axis=-1)
+    return (jnp.max if statistic == "max" else jnp.sum)(out, axis=-1)
 
 
-def _kernel(inputs: Any, out_ref: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int, statistic: str) -> None:
-    step, out = pl.program_id(2), scratch["out"]
+def _kernel(
+    inputs: Any,
+    out_ref: Any,
+    scratch: Any,
+    *,
+    plan: Plan,
+    causal: bool,
+    sizes: tuple[int, int],
+    statistic: str,
+    lookup: Lookup | None,
+) -> None:
+    step, out, offset = pl.program_id(2), scratch["out"], sizes[1] - sizes[0]
+
+    @pl.when(step == 0)
+    def _() -> None:
+        parts.clear(inputs, ("query",), sizes[0], plan.listed_length)
+
     out[...] = jnp.zeros(out.shape, jnp.float32)
     chunks = range(0, plan.own, plan.chunk)
+    # Blocks can be closed for their bias alone.
+    masks = causal or plan.width > 1
     join = jnp.maximum if statistic == "max" else jnp.add
 
     def first(row: Any) -> Any:
         return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
 
     def put(buffer: int, row: Any, start: Any) -> None:
-        for t, place in enumerate(chunks):
-            key = inputs["key"][pl.ds(first(row) + place, plan.chunk), :]
+        for t, chunk in enumerate(chunks):
+            key = inputs["key"][pl.ds(first(row) + chunk, plan.chunk), :]
             for w, number in enumerate(parts.numbers(inputs["lists"][0], plan, row, start)):
-                scratch["logits"][buffer][t, w] = parts.product(key, inputs["query"][number], 1, 1)
+                scratch["logits"][buffer][t, w] = parts.product(key, inputs["query"][parts.span(plan, number), :], 1, 1)
+
+    def place(row: Any) -> Any:
+        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
 
     def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        place = step * plan.step_rows + row * plan.own
-        return parts.limits(plan, [number * plan.listed + offset - place for number in ids], start, count, causal)
+        own = step * plan.step_rows + row * plan.own
+        return parts.limits(plan, [number * plan.listed + offset - own for number in ids], start, count, causal)
 
     def opens(row: Any, start: Any, count: Any) -> Any:
         if plan.width > 1:
             return False
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        return limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
+        seen = limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
+        return positions.opens(inputs, lookup, seen, place(row), ids[0])
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
         last = limits(ids, row, start, count)
-        for t, place in enumerate(chunks):
-            total = out[row, pl.ds(place, plan.chunk), :]
+        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
+        for t, chunk in enumerate(chunks):
+            own, piece = pl.ds(first(row) + chunk, plan.chunk), pl.ds(chunk, plan.chunk)
+            total = out[row, piece, :]
             for w in range(plan.width):
                 for q in range(0, plan.listed, LANES):
                     columns = pl.ds(q, LANES)
                     x = scratch["logits"][buffer][t, w, :, columns]
                     if "bias" in inputs:
-                        x += inputs["bias"][pl.ds(first(row) + place, plan.chunk), :]
-                    x = parts.masked(x, last[w] + q - place) if mask else x
+                        x += inputs["bias"][own, :]
+                    if lookup is not None:
+                        x += (
+                            constant if constant is not None else positions.square(inputs, lookup, ids[w], columns, own)
+                        )
+                    x = parts.masked(x, last[w] + q - chunk) if mask and masks else x
                     weights = jnp.exp2(x - inputs["lse"][ids[w], :, columns])
                     total = join(total, weights * inputs["weight"][ids[w], :, columns])
-            out[row, pl.ds(place, plan.chunk), :] = total
+            out[row, piece, :] = total
 
     tpu_plan.walk(inputs["counts"], plan, put, use, opens)
     for row in range(plan.rows):

@@ -10,9 +10,13 @@ d head width.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.position_bias import PositionBias
 
 # Queries whose rows of the map exist at a time where a map is summed: B H 128 K floats, a few MB at common sizes.
 _QUERY_BLOCK = 128
@@ -24,14 +28,15 @@ def biased_attention(
     value: Float[Array, "B K G e"],
     *,
     key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None,
     causal: bool,
     softmax: str,
     scale: float,
 ) -> Float[Array, "B Q H e"]:
     """Softmax in float32; products in the input dtype with float32 accumulation."""
     batch, length, heads, _ = query.shape
-    stacked, keys, bias = _stack(query * scale, key), _heads_first(key), _stack_bias(bias, key)
+    stacked, keys = _stack(query * scale, key), _heads_first(key)
+    bias = _stack_bias(bias.dense() if isinstance(bias, PositionBias) else bias, key)
     rows = jnp.arange(length) + key.shape[1] - length if causal else None
     weights, total = _exponentials(stacked, keys, key_bias, bias, softmax, rows)
     # Dividing after the product touches [S, d] numbers in place of [S, K].
@@ -45,7 +50,7 @@ def attention_column_stats(
     key: Float[Array, "B K G d"],
     *,
     key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None,
     causal: bool,
     softmax: str,
     scale: float,
@@ -61,13 +66,12 @@ def attention_column_stats(
     # Queries that fill up the last block have weight 0.
     pieces = {"query": _blocks(query * scale, 1, block), "weight": _blocks(weight, 1, block)}
     pieces["place"] = _blocks(jnp.arange(length) + columns - length, 0, block)
-    if bias is not None:
-        pieces["bias"] = _blocks(bias, 2, block)
+    pieces |= _bias_pieces(bias, block)
 
     # Rows are computed again in the backward pass; otherwise the loop would keep the whole map.
     @jax.checkpoint
     def add(sums: Array, piece: dict[str, Array]) -> tuple[Array, None]:
-        stacked, own_bias = _stack(piece["query"], key), _stack_bias(piece.get("bias"), key)
+        stacked, own_bias = _stack(piece["query"], key), _stack_bias(_piece_bias(piece, bias), key)
         rows = piece["place"] if causal else None
         weights, total = _exponentials(stacked, keys, key_bias, own_bias, softmax, rows)
         share = piece["weight"][:, None, None, :] / total.reshape(batch, groups, -1, block)
@@ -89,7 +93,7 @@ def attention_score_excess(
     key: Float[Array, "B K G d"],
     *,
     threshold: float,
-    bias: Float[Array, "b H Q K"] | None,
+    bias: Float[Array, "b H Q K"] | PositionBias | None,
     scale: float,
     query_mask: Bool[Array, "B Q"] | None,
     key_mask: Bool[Array, "B K"] | None,
@@ -104,15 +108,14 @@ def attention_score_excess(
     block = min(length, _QUERY_BLOCK)
     # Queries that fill up the last block have weight 0.
     pieces = {"query": _blocks(query * scale, 1, block), "weight": _blocks(query_weight, 1, block)}
-    if bias is not None:
-        pieces["bias"] = _blocks(bias, 2, block)
+    pieces |= _bias_pieces(bias, block)
 
     # Rows are computed again in the backward pass; otherwise the loop would keep the whole map.
     @jax.checkpoint
     def add(total: Array, piece: dict[str, Array]) -> tuple[Array, None]:
         logits = jnp.matmul(_stack(piece["query"], key), keys, preferred_element_type=jnp.float32)
         if bias is not None:
-            logits += _stack_bias(piece["bias"], key).astype(jnp.float32)
+            logits += _stack_bias(_piece_bias(piece, bias), key).astype(jnp.float32)
         excess = jnp.maximum(logits, threshold) - threshold
         rows = jnp.sum(excess * key_weight[:, None, None, :], axis=-1).reshape(batch, heads, block)
         return total + jnp.sum(rows * piece["weight"][:, None, :], axis=(1, 2)), None
@@ -171,6 +174,22 @@ def _stack(query: Float[Array, "B Q H d"], key: Float[Array, "B K G d"]) -> Floa
 
 def _stack_bias(bias: Float[Array, "b H Q K"] | None, key: Float[Array, "B K G d"]) -> Float[Array, "b G S K"] | None:
     return None if bias is None else bias.reshape(bias.shape[0], key.shape[2], -1, bias.shape[-1])
+
+
+def _bias_pieces(bias: Array | PositionBias | None, block: int) -> dict[str, Array]:
+    """What blocks of queries need of a bias."""
+    if bias is None:
+        return {}
+    if isinstance(bias, PositionBias):
+        return {"positions": _blocks(bias.query_positions, 1, block)}
+    return {"bias": _blocks(bias, 2, block)}
+
+
+def _piece_bias(piece: dict[str, Array], bias: Array | PositionBias | None) -> Float[Array, "b H q K"] | None:
+    """The bias of a block of queries."""
+    if isinstance(bias, PositionBias):
+        return dataclasses.replace(bias, query_positions=piece["positions"]).dense()
+    return piece.get("bias")
 
 
 def _blocks(values: Array, axis: int, block: int) -> Array:

@@ -18,26 +18,35 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import partition
 from pallas_kernels.block_sparse_attention.index import BlockIndex
+from pallas_kernels.position_bias import PositionBias, by_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Passes:
-    """An implementation. Both take `(query, key, value, index, key_bias, sinks)` with `causal` and `scale` by name.
+    """An implementation. Both take `(query, key, value, index, key_bias, sinks)` with `causal`, `scale` and any `bias` by name.
 
     Attributes:
       forward: gives `(out [B, N, H, d], lse [B, H, N])`.
       backward: also takes `lse`, `delta` (`[B, H, N]`; lse is finite) and `dout`; gives gradients of query, key, value in
-        their dtypes and, where there is one, of key_bias in float32.
+        their dtypes, of key_bias (None without one) and, where there is a bias, of its table in float32.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
-    def run(self, which: str, *args: Any, causal: bool, scale: float) -> Any:
+    def run(self, which: str, *arrays: Any, bias: PositionBias | None, causal: bool, scale: float) -> Any:
         """The "forward" or "backward" pass, each device of a mesh on its own rows of the batch; sinks are whole on all."""
-        return partition.by_batch(getattr(self, which), shared=(5,))(*args, causal=causal, scale=scale)
+        function = functools.partial(getattr(self, which), causal=causal, scale=scale)
+        if bias is None or which == "forward":
+            return by_batch(function, bias, shared=(5,))(*arrays)
+
+        def with_own_table(*args: Any, bias: PositionBias) -> Any:
+            *grads, dtable = function(*args, bias=bias)
+            return (*grads, dtable[None])
+
+        *grads, dtables = by_batch(with_own_table, bias, shared=(5,))(*arrays)
+        return (*grads, jnp.sum(dtables, axis=0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -51,33 +60,38 @@ def attend(
     index: BlockIndex,
     key_bias: Float[Array, "B L"] | None,
     sinks: Float[Array, " H"] | None,
+    bias: PositionBias | None = None,
 ) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N"]]:
     """`(out, lse)` by one implementation's forward pass, differentiated by its backward pass."""
-    return passes.run("forward", query, key, value, index, key_bias, sinks, causal=causal, scale=scale)
+    return passes.run("forward", query, key, value, index, key_bias, sinks, bias=bias, causal=causal, scale=scale)
 
 
 def _forward(passes: Passes, causal: bool, scale: float, *args: Any) -> tuple[Any, Any]:
-    out, lse = passes.run("forward", *args, causal=causal, scale=scale)
+    *arrays, bias = args
+    options = {"bias": bias, "causal": causal, "scale": scale}
+    out, lse = passes.run("forward", *arrays, **options)
     # What the backward pass cannot do is said here, where another implementation can still be chosen.
-    jax.eval_shape(functools.partial(passes.backward, causal=causal, scale=scale), *args, lse, lse, out)
+    jax.eval_shape(functools.partial(passes.run, "backward", **options), *arrays, lse, lse, out)
     return (out, lse), (*args, out, lse)
 
 
 def _backward(passes: Passes, causal: bool, scale: float, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-    *args, out, lse = residuals
+    *args, bias, out, lse = residuals
     key_bias, sinks = args[4:]
     dout, dlse = cotangents
     delta = jnp.einsum("bnhd,bnhd->bhn", dout, out, preferred_element_type=jnp.float32) - dlse
     # A row with nothing in it has no weights, whatever stands here.
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    *grads, dbias = passes.run("backward", *args, lse, delta, dout, causal=causal, scale=scale)
+    options = {"bias": bias, "causal": causal, "scale": scale}
+    dquery, dkey, dvalue, dkey_bias, *dtable = passes.run("backward", *args, lse, delta, dout, **options)
     if key_bias is not None:
-        dbias = dbias.astype(key_bias.dtype)
+        dkey_bias = dkey_bias.astype(key_bias.dtype)
     dsinks = None
     if sinks is not None:
         share = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
         dsinks = -jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype)
-    return (*grads, None, dbias, dsinks)
+    dbias = None if bias is None else bias.gradient(dtable[0])
+    return (dquery, dkey, dvalue, None, dkey_bias, dsinks, dbias)
 
 
 attend.defvjp(_forward, _backward)

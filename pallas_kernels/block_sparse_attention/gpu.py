@@ -18,8 +18,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention import gpu_parts as parts
+from pallas_kernels.block_sparse_attention import gpu_positions as positions
 from pallas_kernels.block_sparse_attention.gpu_parts import LN2, LOG2E, LOWEST, Plan
 from pallas_kernels.block_sparse_attention.index import BlockIndex
+from pallas_kernels.position_bias import PositionBias
 
 
 def forward(
@@ -32,6 +34,7 @@ def forward(
     *,
     causal: bool,
     scale: float,
+    bias: PositionBias | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N"]]:
     """Softmax in float32; products in the dtype of `query` with float32 accumulation.
@@ -40,7 +43,7 @@ def forward(
       NotImplementedError: blocks that are not multiples of 16, or heads wider than the registers hold.
     """
     (batch, length, heads, width), dtype = query.shape, query.dtype
-    plan = make_plan(index, width, dtype)
+    plan = make_plan(index, width, dtype, positions=bias is not None)
     share = heads // key.shape[2]
     args = {
         "query": parts.padded(query, plan.own_length, dtype),
@@ -49,6 +52,7 @@ def forward(
         **parts.lists(index, causal, own_queries=True),
     }
     parts.add_bank(args, index)
+    positions.add(args, bias, plan, own_queries=True)
     wide = args["query"].shape[3]
 
     def line(step: Any, group: Any, i: Any) -> tuple[Any, Any, Any]:
@@ -84,13 +88,13 @@ def forward(
     return out[:, :length, :, :width], lse[..., :length]
 
 
-def make_plan(index: BlockIndex, width: int, dtype: Any) -> Plan:
+def make_plan(index: BlockIndex, width: int, dtype: Any, *, positions: bool = False) -> Plan:
     """Tiles of queries as tall as registers allow, since each reads its keys anew; tiles of keys to suit.
 
     Raises:
       NotImplementedError: blocks that are not multiples of 16, or heads wider than the registers hold.
     """
-    return parts.make_plan(index, *parts.sizes("forward", width, dtype))
+    return parts.make_plan(index, *parts.sizes("forward", width, dtype, positions=positions))
 
 
 def _kernel(
@@ -100,7 +104,7 @@ def _kernel(
     member, tile = parts.own(step, share, plan, causal)
     head = group * share + member
     place = parts.place(refs["ids"], row, head, pl.num_programs(1) * share, tile, plan)
-    query = refs["query"][...]
+    query, stands = refs["query"][...], positions.own(refs, row, tile, plan)
 
     def work(number: Any, start: Any, mask: Any, masked: bool, state: Any) -> Any:
         peak, total, out = state
@@ -108,6 +112,8 @@ def _kernel(
         logits = parts.product(query, refs["key"][rows, :], 1, 1) * factor
         if "bias" in refs:
             logits += refs["bias"][rows][None, :]
+        if stands is not None:
+            logits += positions.bias(refs, head, positions.relative(refs, row, rows, stands, own_queries=True))
         if masked:
             logits = jnp.where(
                 parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, True), logits, -jnp.inf

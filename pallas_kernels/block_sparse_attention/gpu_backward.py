@@ -18,8 +18,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention import gpu_parts as parts
+from pallas_kernels.block_sparse_attention import gpu_positions as positions
 from pallas_kernels.block_sparse_attention.gpu_parts import LOG2E, Plan
 from pallas_kernels.block_sparse_attention.index import BlockIndex
+from pallas_kernels.position_bias import PositionBias
 
 
 def backward(
@@ -35,17 +37,19 @@ def backward(
     *,
     causal: bool,
     scale: float,
+    bias: PositionBias | None = None,
     interpret: Any = False,
-) -> tuple[Array, Array, Array, Array | None]:
-    """Gradients of query, key, value and key_bias; products in the dtype of `query` with float32 accumulation.
+) -> tuple[Array | None, ...]:
+    """Gradients of query, key, value, key_bias and, with a `bias`, of its table; products in the dtype of `query`.
 
     Raises:
       NotImplementedError: blocks that are not multiples of 16, or heads wider than the registers hold.
     """
     arrays = (query, key, value, key_bias, lse * LOG2E, delta, dout)
-    options = dict(causal=causal, scale=scale, interpret=interpret)
+    options = dict(causal=causal, scale=scale, bias=bias, interpret=interpret)
     dkey, dvalue, dbias = _key_gradients(*arrays, index.transposed(), **options)
-    return _query_gradient(*arrays, index, **options), dkey, dvalue, dbias
+    dquery, *dtable = _query_gradient(*arrays, index, **options)
+    return dquery, dkey, dvalue, dbias, *dtable
 
 
 def _query_gradient(
@@ -60,10 +64,12 @@ def _query_gradient(
     *,
     causal: bool,
     scale: float,
+    bias: PositionBias | None,
     interpret: Any,
-) -> Float[Array, "B N H d"]:
+) -> list[Array]:
+    """The gradient of query `[B, N, H, d]` and, with a `bias`, of its table."""
     (batch, length, heads, width), dtype = query.shape, query.dtype
-    plan = parts.make_plan(index, *parts.sizes("query_gradient", width, dtype))
+    plan = parts.make_plan(index, *parts.sizes("query_gradient", width, dtype, positions=bias is not None))
     share = heads // key.shape[2]
     args = {
         "query": parts.padded(query, plan.own_length, dtype),
@@ -76,6 +82,7 @@ def _query_gradient(
         **parts.lists(index, causal, own_queries=True),
     }
     parts.add_bank(args, index)
+    positions.add(args, bias, plan, own_queries=True)
     wide = args["query"].shape[3]
 
     def line(step: Any, group: Any, i: Any) -> tuple[Any, Any, Any]:
@@ -93,42 +100,59 @@ def _query_gradient(
     if key_bias is not None:
         args["bias"] = parts.last_padded(key_bias * LOG2E, plan.listed_length)
         specs["bias"] = pl.BlockSpec((None, plan.listed_length), lambda _, group, i: (i, 0))
-    out = parts.call(
+    out_specs, out_shape = [rows], [jax.ShapeDtypeStruct(args["query"].shape, dtype)]
+    if bias is not None:
+        size = positions.sums_size(len(args["places"]))
+        out_specs.append(pl.BlockSpec((None, None, None, size), lambda *step: (*line(*step), 0)))
+        out_shape.append(jax.ShapeDtypeStruct((batch, heads, plan.tiles, size), jnp.float32))
+    out, *sums = parts.call(
         functools.partial(_query_kernel, plan=plan, causal=causal, share=share, scale=scale),
         args,
         specs,
         plan,
         grid=(share * plan.tiles, heads // share, batch),
-        out_specs=rows,
-        out_shape=jax.ShapeDtypeStruct(args["query"].shape, dtype),
+        out_specs=out_specs,
+        out_shape=out_shape,
         interpret=interpret,
         name="block_sparse_attention_query_gradient",
     )
-    return out[:, :length, :, :width]
+    return [out[:, :length, :, :width], *(positions.table_gradient(one, bias) for one in sums)]
 
 
-def _query_kernel(refs: dict[str, Any], out_ref: Any, *, plan: Plan, causal: bool, share: int, scale: float) -> None:
+def _query_kernel(
+    refs: dict[str, Any], out_ref: Any, *sums_ref: Any, plan: Plan, causal: bool, share: int, scale: float
+) -> None:
     step, group, row = (pl.program_id(axis) for axis in range(3))
     member, tile = parts.own(step, share, plan, causal)
-    place = parts.place(refs["ids"], row, group * share + member, pl.num_programs(1) * share, tile, plan)
+    head = group * share + member
+    place = parts.place(refs["ids"], row, head, pl.num_programs(1) * share, tile, plan)
+    stands = positions.own(refs, row, tile, plan)
     query, dout, lse, delta = (refs[name][...] for name in ("query", "dout", "lse", "delta"))
 
-    def work(number: Any, start: Any, mask: Any, masked: bool, out: Any) -> Any:
+    def work(number: Any, start: Any, mask: Any, masked: bool, state: Any) -> Any:
+        out, *sums = state
         rows = pl.ds(number * plan.listed_block + start, plan.listed)
         key = refs["key"][rows, :]
         logits = parts.product(query, key, 1, 1) * (scale * LOG2E)
         if "bias" in refs:
             logits += refs["bias"][rows][None, :]
+        if stands is not None:
+            apart = positions.relative(refs, row, rows, stands, own_queries=True)
+            logits += positions.bias(refs, head, apart)
         if masked:
             logits = jnp.where(
                 parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, True), logits, -jnp.inf
             )
         weights = jnp.exp2(logits - lse[:, None])
         dlogits = weights * (parts.product(dout, refs["value"][rows, :], 1, 1) - delta[:, None])
-        return out + parts.product(dlogits.astype(key.dtype), key, 1, 0)
+        sums = [positions.sum_buckets(refs, apart, dlogits, one) for one in sums]
+        return out + parts.product(dlogits.astype(key.dtype), key, 1, 0), *sums
 
-    out = parts.walk(refs, place, plan, work, jnp.zeros(query.shape, jnp.float32))
+    state = (jnp.zeros(query.shape, jnp.float32), *(positions.no_sums(refs) for _ in sums_ref))
+    out, *sums = parts.walk(refs, place, plan, work, state)
     out_ref[...] = (out * scale).astype(out_ref.dtype)
+    for ref, one in zip(sums_ref, sums, strict=True):
+        ref[...] = one
 
 
 def _key_gradients(
@@ -143,10 +167,11 @@ def _key_gradients(
     *,
     causal: bool,
     scale: float,
+    bias: PositionBias | None,
     interpret: Any,
 ) -> tuple[Float[Array, "B L G d"], Float[Array, "B L G d"], Float[Array, "B L"] | None]:
     (batch, length, groups, width), heads, dtype = key.shape, query.shape[2], query.dtype
-    plan = parts.make_plan(back, *parts.sizes("key_gradients", width, dtype))
+    plan = parts.make_plan(back, *parts.sizes("key_gradients", width, dtype, positions=bias is not None))
     share = heads // groups
     args = {
         "key": parts.padded(key, plan.own_length, dtype),
@@ -159,6 +184,7 @@ def _key_gradients(
         **parts.lists(back, causal, own_queries=False),
     }
     parts.add_bank(args, back)
+    positions.add(args, bias, plan, own_queries=False)
     wide = args["key"].shape[3]
     rows = pl.BlockSpec((None, plan.own, None, wide), lambda tile, group, i: (i, tile, group, 0))
     listed = pl.BlockSpec((None, plan.listed_length, share, wide), lambda tile, group, i: (i, 0, group, 0))
@@ -198,7 +224,7 @@ def _key_kernel(
 ) -> None:
     tile, group, row = (pl.program_id(axis) for axis in range(3))
     heads = pl.num_programs(1) * share
-    key, value = refs["key"][...], refs["value"][...]
+    key, value, stands = refs["key"][...], refs["value"][...], positions.own(refs, row, tile, plan)
 
     # Logits are held as keys x queries, so that no product needs them transposed.
     def member(one: Any, state: Any) -> Any:
@@ -212,6 +238,9 @@ def _key_kernel(
             logits = parts.product(key, query, 1, 1) * (scale * LOG2E)
             if "bias" in refs:
                 logits += refs["bias"][...][:, None]
+            if stands is not None:
+                apart = positions.relative(refs, row, rows, stands, own_queries=False)
+                logits += positions.bias(refs, group * share + one, apart)
             if masked:
                 pairs = parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, False)
                 logits = jnp.where(pairs, logits, -jnp.inf)

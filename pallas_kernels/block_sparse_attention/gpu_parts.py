@@ -93,21 +93,31 @@ _SIZES = {
     (4, "query_gradient"): {64: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
     (4, "key_gradients"): {128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
+# Where a bias by positions takes registers too; wider heads spill.
+_POSITION_SIZES = {
+    (2, "forward"): {128: (128, 64, 8, 3)},
+    (2, "query_gradient"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
+    (2, "key_gradients"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
+    (4, "forward"): {64: (64, 32, 8, 2)},
+    (4, "query_gradient"): {64: (32, 16, 8, 2)},
+    (4, "key_gradients"): {64: (32, 32, 8, 2)},
+}
 
 
-def sizes(kernel: str, width: int, dtype: Any) -> tuple[int, int, int, int]:
-    """Tiles, warps and stages of a kernel.
+def sizes(kernel: str, width: int, dtype: Any, *, positions: bool = False) -> tuple[int, int, int, int]:
+    """Tiles, warps and stages of a kernel, with a bias by `positions` or without.
 
     Raises:
-      NotImplementedError: heads wider than 256, or numbers of another size.
+      NotImplementedError: heads wider than 256 (with positions 128, or 64 in float32), or numbers of another size.
     """
-    found = _SIZES.get((jnp.dtype(dtype).itemsize, kernel))
+    found = (_POSITION_SIZES if positions else _SIZES).get((jnp.dtype(dtype).itemsize, kernel))
     if found is None:
         raise NotImplementedError(f"the GPU kernels take bfloat16, float16 and float32; got {jnp.dtype(dtype)}")
     for widest, size in found.items():
         if width <= widest:
             return size
-    raise NotImplementedError(f"the GPU kernels take heads of up to {widest}; got a width of {width}")
+    what = " with a bias by positions" if positions else ""
+    raise NotImplementedError(f"the GPU kernels{what} take heads of up to {widest}; got a width of {width}")
 
 
 def lists(index: BlockIndex, causal: bool, *, own_queries: bool) -> dict[str, Array]:

@@ -20,9 +20,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
-from pallas_kernels.block_sparse_attention import tpu_plan
+from pallas_kernels.block_sparse_attention import tpu_plan, tpu_stream
+from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LN2, LOG2E, LOWEST, Plan
+from pallas_kernels.block_sparse_attention.tpu_positions import Lookup
+from pallas_kernels.position_bias import PositionBias
 
 
 def forward(
@@ -35,12 +38,13 @@ def forward(
     *,
     causal: bool,
     scale: float,
+    bias: PositionBias | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N"]]:
     """Softmax in float32; products in the dtype of `query` with float32 accumulation.
 
     Raises:
-      NotImplementedError: blocks that are not multiples of 128, or keys of a head that do not fit in VMEM.
+      NotImplementedError: blocks that are not multiples of 128, or a bias by positions of more keys than fit in VMEM.
     """
     (batch, length, heads, width), dtype = query.shape, query.dtype
     plan = tpu_plan.make_plan(index, width)
@@ -50,9 +54,9 @@ def forward(
         "lists": lists,
         "counts": counts,
         "start": start,
-        "query": parts.rows_first(query.astype(jnp.float32) * (scale * LOG2E), plan.own_length, dtype),
-        "key": parts.blocks(key, plan, dtype),
-        "value": jnp.swapaxes(parts.blocks(value, plan, dtype), 3, 4),
+        "query": parts.rows_first(query.astype(jnp.float32) * (scale * LOG2E), dtype),
+        "key": parts.rows_first(key, dtype),
+        "value": parts.columns_first(value, dtype),
     }
     list_specs, count_specs = parts.table_specs(index, plan, heads, len(lists))
     specs = {
@@ -60,25 +64,37 @@ def forward(
         "counts": count_specs,
         "start": pl.BlockSpec(memory_space=pltpu.SMEM),
         "query": parts.rows(plan, width),
-        "key": parts.whole(args["key"], heads),
-        "value": parts.whole(args["value"], heads),
+        "key": parts.whole(args["key"], heads, plan.listed_length, width),
+        "value": parts.whole(args["value"], heads, width, plan.listed_length),
     }
     parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
+    lookup = positions.add(args, specs, bias, plan, own_queries=True)
     squares = (plan.own // plan.chunk, plan.width, plan.listed, plan.chunk)
     scratch = {
         "state": pltpu.VMEM((2, plan.rows + 1, 1, plan.own), jnp.float32),
         "out": pltpu.VMEM((plan.rows + 1, width, plan.own), jnp.float32),
         "logits": [pltpu.VMEM(squares, jnp.float32)] * 2,
     }
-    specs, params = parts.fit(specs, args, scratch, plan, "keys", width * dtype.itemsize + 32)
+    written = width * dtype.itemsize + 32
+    if not parts.fits(specs, args, scratch, plan, "keys", written):
+        args, specs, scratch = tpu_stream.streamed(args, specs, scratch, plan, key, value)
+    specs, params = parts.fit(specs, args, scratch, plan, "keys", written)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, plan=plan, causal=causal, sunk=sinks is not None, offset=index.keys - index.queries),
+        functools.partial(
+            _kernel,
+            plan=plan,
+            causal=causal,
+            sunk=sinks is not None,
+            keys=index.keys,
+            offset=index.keys - index.queries,
+            lookup=lookup,
+        ),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs=[parts.columns(plan, width), parts.columns(plan, 1)],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, width, plan.own_length), dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, plan.own_length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, width, length), dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
         scratch_shapes=[scratch],
         compiler_params=params,
@@ -86,30 +102,56 @@ def forward(
         interpret=interpret,
         name="block_sparse_attention_forward",
     )(args)
-    return jnp.transpose(out[..., :length], (0, 3, 1, 2)), lse[:, :, 0, :length]
+    return jnp.transpose(out, (0, 3, 1, 2)), lse[:, :, 0]
 
 
 def _kernel(
-    inputs: Any, out_ref: Any, lse_ref: Any, scratch: Any, *, plan: Plan, causal: bool, sunk: bool, offset: int
+    inputs: Any,
+    out_ref: Any,
+    lse_ref: Any,
+    scratch: Any,
+    *,
+    plan: Plan,
+    causal: bool,
+    sunk: bool,
+    keys: int,
+    offset: int,
+    lookup: Lookup | None,
 ) -> None:
     step = pl.program_id(2)
     state, out, counts = scratch["state"], scratch["out"], inputs["counts"]
     state[0] = jnp.full(state.shape[1:], inputs["start"][pl.program_id(1)])
     state[1] = jnp.full(state.shape[1:], 1.0 if sunk else 0.0)
     out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    stream = tpu_stream.Stream(inputs, scratch, plan, pl.num_programs(1)) if "buffers" in scratch else None
+    if stream is None:
+
+        @pl.when(step == 0)
+        def _() -> None:
+            parts.clear(inputs, ("key",), keys, plan.listed_length, by_columns=("value",))
+
+    # What idle items leave in the spare list is never read.
+    masks = causal or plan.width > 1
     pieces = [pl.ds(t * plan.chunk, plan.chunk) for t in range(plan.own // plan.chunk)]
+
+    def first(row: Any) -> Any:
+        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
 
     def put(buffer: int, row: Any, start: Any) -> None:
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        first = pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
         for t in range(len(pieces)):
-            query = inputs["query"][pl.ds(first + t * plan.chunk, plan.chunk), :]
+            query = inputs["query"][pl.ds(first(row) + t * plan.chunk, plan.chunk), :]
             for w, number in enumerate(ids):
-                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], query, 1, 1)
+                key = inputs["key"][parts.span(plan, number), :] if stream is None else stream.at("key", buffer, w)
+                scratch["logits"][buffer][t, w] = parts.product(key, query, 1, 1)
+
+    def place(row: Any) -> Any:
+        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
 
     def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        place = step * plan.step_rows + row * plan.own + offset
-        return parts.limits(plan, [place - number * plan.listed for number in ids], start, count, causal)
+        own = step * plan.step_rows + row * plan.own + offset
+        return parts.limits(plan, [own - number * plan.listed for number in ids], start, count, causal)
 
     def opens(row: Any, start: Any, count: Any) -> Any:
         # Short blocks are masked in the shadow of the products, and items of several blocks may have idle ones.
@@ -117,25 +159,31 @@ def _kernel(
             return False
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
         # Without a causal mask only idle items are not open; by the schedules the branch alone is worth a twentieth.
-        return limits(ids, row, start, count)[0] >= plan.listed - 1
+        seen = limits(ids, row, start, count)[0] >= plan.listed - 1
+        return positions.opens(inputs, lookup, seen, place(row), ids[0])
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
         # Items of the spare list have count 0 and are closed wherever they seem to stand.
         ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
         last = limits(ids, row, start, count)
         # Blocks are worked in squares as wide as the matrix unit, which share one comparison of rows with columns.
-        squares = [
-            (w, pl.ds(k, plan.depth), last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)
-        ]
+        squares = [(w, k, last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)]
+        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
         for t, piece in enumerate(pieces):
-            logits = []
-            for w, rows, limit in squares:
+            own, logits = pl.ds(first(row) + t * plan.chunk, plan.chunk), []
+            for w, k, limit in squares:
+                rows = pl.ds(k, plan.depth)
                 x = scratch["logits"][buffer][t, w, rows, :]
                 if "bias" in inputs:
-                    x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
+                    bias = inputs["bias"][ids[w], rows, :] if stream is None else stream.at("bias", buffer, w, rows)
+                    x += parts.wide(bias, plan.chunk)
+                if constant is not None:
+                    x += constant
+                elif lookup is not None:
+                    x += positions.square(inputs, lookup, ids[w], rows, own)
                 if "bank" in inputs:
                     x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
-                logits.append(parts.masked(x, limit + t * plan.chunk) if mask else x)
+                logits.append(parts.masked(x, limit + t * plan.chunk) if mask and masks else x)
             peak = functools.reduce(
                 jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits], state[0, row, :, piece]
             )
@@ -145,13 +193,16 @@ def _kernel(
             state[1, row, :, piece] = state[1, row, :, piece] * shrink + sum(
                 jnp.sum(x, axis=0, keepdims=True) for x in weights
             )
-            fresh = [
-                parts.product(inputs["value"][ids[w], :, rows], x.astype(inputs["value"].dtype), 1, 0)
-                for (w, rows, _), x in zip(squares, weights, strict=True)
-            ]
+            fresh = []
+            for (w, k, _), x in zip(squares, weights, strict=True):
+                if stream is None:
+                    value = inputs["value"][:, parts.span(plan, ids[w], k, plan.depth)]
+                else:
+                    value = stream.at("value", buffer, w, slice(None), pl.ds(k, plan.depth))
+                fresh.append(parts.product(value, x.astype(value.dtype), 1, 0))
             out[row, :, piece] = sum(fresh, out[row, :, piece] * shrink)
 
-    tpu_plan.walk(counts, plan, put, use, opens)
+    tpu_plan.walk(counts, plan, put, use, opens, stream)
     for row in range(plan.rows):
         columns = pl.ds(row * plan.own, plan.own)
         some = state[1, row] > 0

@@ -21,8 +21,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
 from pallas_kernels.block_sparse_attention import tpu_plan
+from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LANES, LN2, LOG2E, Plan
+from pallas_kernels.block_sparse_attention.tpu_positions import Lookup
+from pallas_kernels.position_bias import PositionBias
 
 
 def backward(
@@ -38,21 +41,23 @@ def backward(
     *,
     causal: bool,
     scale: float,
+    bias: PositionBias | None = None,
     interpret: Any = False,
-) -> tuple[Array, Array, Array, Array | None]:
-    """Products in the dtype of `query` with float32 accumulation.
+) -> tuple[Array | None, ...]:
+    """Gradients of query, key, value, key_bias and, with a `bias`, of its table; products in the dtype of `query`.
 
     Raises:
       NotImplementedError: blocks that are not multiples of 128, or rows of a head that do not fit in VMEM.
     """
-    options = dict(causal=causal, interpret=interpret, offset=index.keys - index.queries)
+    options = dict(causal=causal, interpret=interpret, bias=bias)
     scaled = (query.astype(jnp.float32) * (scale * LOG2E)).astype(query.dtype)
     args = (scaled, key, value, index, key_bias, lse * LOG2E, delta, dout)
-    dquery = _query_gradient(*args, **options) * scale
+    dquery, *dtable = _query_gradient(*args, **options)
+    dquery = dquery * scale
     dkey, dvalue, dbias = _key_gradients(*args, **options)
     # The products were with queries in base 2.
     dkey = dkey * LN2
-    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias
+    return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype), dbias, *dtable
 
 
 def _query_gradient(
@@ -67,84 +72,119 @@ def _query_gradient(
     *,
     causal: bool,
     interpret: Any,
-    offset: int,
-) -> Float[Array, "B N H d"]:
+    bias: PositionBias | None,
+) -> list[Array]:
+    """The gradient of query `[B, N, H, d]` and, with a `bias`, of its table, in float32."""
     (batch, length, heads, width), dtype = query.shape, query.dtype
     plan = tpu_plan.make_plan(index, width)
     lists, counts, bank = tpu_plan.tables(index, plan)
-    key = parts.blocks(key, plan, dtype)
     args = {
         "lists": lists,
         "counts": counts,
-        "query": parts.rows_first(query, plan.own_length, dtype),
-        "dout": parts.rows_first(dout, plan.own_length, dtype),
+        "query": parts.rows_first(query, dtype),
+        "dout": parts.rows_first(dout, dtype),
         "lse": _row(lse, plan.own_length, 0.0),
         "delta": _row(delta, plan.own_length, 0.0),
-        "key": key,
-        "key_columns": jnp.swapaxes(key, 3, 4),
-        "value": parts.blocks(value, plan, dtype),
+        "key": parts.rows_first(key, dtype),
+        "key_columns": parts.columns_first(key, dtype),
+        "value": parts.rows_first(value, dtype),
     }
     specs = dict(zip(("lists", "counts"), parts.table_specs(index, plan, heads, len(lists)), strict=True))
     specs |= {name: parts.rows(plan, width) for name in ("query", "dout")}
     specs |= {name: parts.columns(plan, 1) for name in ("lse", "delta")}
-    specs |= {name: parts.whole(args[name], heads) for name in ("key", "key_columns", "value")}
+    specs |= {name: parts.whole(args[name], heads, plan.listed_length, width) for name in ("key", "value")}
+    specs["key_columns"] = parts.whole(args["key_columns"], heads, width, plan.listed_length)
     parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
+    lookup = positions.add(args, specs, bias, plan, own_queries=True, table_gradient=True)
     squares = pltpu.VMEM((plan.own // plan.chunk, plan.width, plan.listed, plan.chunk), jnp.float32)
     scratch = {
         "out": pltpu.VMEM((plan.rows + 1, width, plan.own), jnp.float32),
         "logits": [squares] * 2,
         "dweights": [squares] * 2,
     }
+    out_specs = {"query": parts.columns(plan, width)}
+    out_shape = {"query": jax.ShapeDtypeStruct((batch, heads, width, length), jnp.float32)}
+    if lookup is not None:
+        sums = (len(lookup.steps.buckets), *positions.REGISTER)
+        out_specs["table"] = pl.BlockSpec((None, None, *sums), lambda i, j, s: (i, j, 0, 0, 0))
+        out_shape["table"] = jax.ShapeDtypeStruct((batch, heads, *sums), jnp.float32)
     specs, params = parts.fit(specs, args, scratch, plan, "keys", 4 * width)
-    out = pl.pallas_call(
-        functools.partial(_query_kernel, plan=plan, causal=causal, offset=offset),
+    outs = pl.pallas_call(
+        functools.partial(_query_kernel, plan=plan, causal=causal, sizes=(index.queries, index.keys), lookup=lookup),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
-        out_specs=parts.columns(plan, width),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, width, plan.own_length), jnp.float32),
+        out_specs=out_specs,
+        out_shape=out_shape,
         scratch_shapes=[scratch],
         compiler_params=params,
         cost_estimate=parts.cost(args, plan, batch * heads, 6 * width),
         interpret=interpret,
         name="block_sparse_attention_query_gradient",
     )(args)
-    return jnp.transpose(out[..., :length], (0, 3, 1, 2))
+    dquery = jnp.transpose(outs["query"], (0, 3, 1, 2))
+    return [dquery] if bias is None else [dquery, positions.table_gradient(outs["table"], bias)]
 
 
-def _query_kernel(inputs: Any, out_ref: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int) -> None:
-    step, out = pl.program_id(2), scratch["out"]
+def _query_kernel(
+    inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, sizes: tuple[int, int], lookup: Lookup | None
+) -> None:
+    step, out, offset = pl.program_id(2), scratch["out"], sizes[1] - sizes[0]
     out[...] = jnp.zeros(out.shape, jnp.float32)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        parts.clear(inputs, ("key", "value"), sizes[1], plan.listed_length, by_columns=("key_columns",))
+
+    if lookup is not None:
+
+        @pl.when(step == 0)
+        def _() -> None:
+            outs["table"][...] = jnp.zeros(outs["table"].shape, jnp.float32)
+
+        @pl.when(step == plan.tiles - 1)
+        def _() -> None:
+            # Queries that are not there add nothing to the table's gradient.
+            own = sizes[0] - (plan.tiles - 1) * plan.step_rows
+            parts.clear(inputs, ("query", "dout"), own, plan.step_rows)
+
     chunks = range(0, plan.own, plan.chunk)
+    # Blocks can be closed for their bias alone.
+    masks = causal or plan.width > 1
 
     def first(row: Any) -> Any:
         return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
 
     def put(buffer: int, row: Any, start: Any) -> None:
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        for t, place in enumerate(chunks):
-            rows = pl.ds(first(row) + place, plan.chunk)
+        for t, chunk in enumerate(chunks):
+            rows = pl.ds(first(row) + chunk, plan.chunk)
             for w, number in enumerate(ids):
-                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][number], inputs["query"][rows, :], 1, 1)
-                scratch["dweights"][buffer][t, w] = parts.product(
-                    inputs["value"][number], inputs["dout"][rows, :], 1, 1
-                )
+                listed = parts.span(plan, number)
+                for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
+                    scratch[name][buffer][t, w] = parts.product(inputs[left][listed, :], inputs[right][rows, :], 1, 1)
+
+    def place(row: Any) -> Any:
+        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
 
     def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        place = step * plan.step_rows + row * plan.own + offset
-        return parts.limits(plan, [place - number * plan.listed for number in ids], start, count, causal)
+        own = step * plan.step_rows + row * plan.own + offset
+        return parts.limits(plan, [own - number * plan.listed for number in ids], start, count, causal)
 
     def opens(row: Any, start: Any, count: Any) -> Any:
         if plan.width > 1 or "bank" in inputs:
             return False
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        return limits(ids, row, start, count)[0] >= plan.listed - 1 if causal else True
+        seen = limits(ids, row, start, count)[0] >= plan.listed - 1 if causal else True
+        return positions.opens(inputs, lookup, seen, place(row), ids[0])
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
         ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
         last = limits(ids, row, start, count)
         squares = [(w, k, last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)]
-        for t, place in enumerate(chunks):
-            own = pl.ds(first(row) + place, plan.chunk)
+        found: list[Array] = []
+        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
+        for t, chunk in enumerate(chunks):
+            own, piece = pl.ds(first(row) + chunk, plan.chunk), pl.ds(chunk, plan.chunk)
             lse, delta = inputs["lse"][:, own], inputs["delta"][:, own]
             fresh = []
             for w, k, limit in squares:
@@ -152,18 +192,26 @@ def _query_kernel(inputs: Any, out_ref: Any, scratch: Any, *, plan: Plan, causal
                 x = scratch["logits"][buffer][t, w, rows, :]
                 if "bias" in inputs:
                     x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
+                if lookup is not None:
+                    x += constant if constant is not None else positions.square(inputs, lookup, ids[w], rows, own)
                 if "bank" in inputs:
-                    x += inputs["bank"][tiles[0][w], rows, pl.ds(place, plan.chunk)].astype(jnp.float32)
-                x = parts.masked(x, limit + place) if mask else x
+                    x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
+                x = parts.masked(x, limit + chunk) if mask and masks else x
                 dlogits = jnp.exp2(x - lse) * (scratch["dweights"][buffer][t, w, rows, :] - delta)
-                columns = inputs["key_columns"][ids[w], :, rows]
+                columns = inputs["key_columns"][:, parts.span(plan, ids[w], k, plan.depth)]
                 fresh.append(parts.product(columns, dlogits.astype(columns.dtype), 1, 0))
-            piece = pl.ds(place, plan.chunk)
+                if lookup is not None:
+                    found.append(dlogits)
+                    scratch["dweights"][buffer][t, w, rows, :] = dlogits
             out[row, :, piece] = sum(fresh, out[row, :, piece])
+        if lookup is not None and mask:
+            positions.sum_buckets(inputs, lookup, plan, scratch["dweights"][buffer], outs["table"], step, row, start)
+        elif lookup is not None:
+            positions.sum_bucket(inputs, lookup, found, outs["table"], place(row), ids[0], row < plan.rows)
 
     tpu_plan.walk(inputs["counts"], plan, put, use, opens)
     for row in range(plan.rows):
-        out_ref[:, pl.ds(row * plan.own, plan.own)] = out[row]
+        outs["query"][:, pl.ds(row * plan.own, plan.own)] = out[row]
 
 
 def _key_gradients(
@@ -178,7 +226,7 @@ def _key_gradients(
     *,
     causal: bool,
     interpret: Any,
-    offset: int,
+    bias: PositionBias | None,
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of key and value `[B, L, G, d]` and of the bias `[B, L]`, in float32."""
     (batch, _, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
@@ -188,10 +236,10 @@ def _key_gradients(
     args = {
         "lists": lists,
         "counts": counts,
-        "key": parts.rows_first(key, plan.own_length, dtype),
-        "value": parts.rows_first(value, plan.own_length, dtype),
-        "query": parts.blocks(query, plan, dtype),
-        "dout": parts.blocks(dout, plan, dtype),
+        "key": parts.rows_first(key, dtype),
+        "value": parts.rows_first(value, dtype),
+        "query": parts.rows_first(query, dtype),
+        "dout": parts.rows_first(dout, dtype),
         # Queries that fill up the last block have no weights.
         "lse": _row(lse, plan.listed_length, jnp.inf).reshape(batch, heads, plan.blocks, 1, plan.listed),
         "delta": _row(delta, plan.listed_length, 0.0).reshape(batch, heads, plan.blocks, 1, plan.listed),
@@ -199,14 +247,15 @@ def _key_gradients(
     own = pl.BlockSpec((None, None, plan.step_rows, width), lambda i, j, s: (i, parts.which(groups, heads)(j), s, 0))
     specs = dict(zip(("lists", "counts"), parts.table_specs(back, plan, heads, len(lists)), strict=True))
     specs |= {"key": own, "value": own}
-    specs |= {name: parts.whole(args[name], heads) for name in ("query", "dout", "lse", "delta")}
-    bias = None if key_bias is None else parts.bias_columns(key_bias, length, plan.own_length, plan.step_rows)
-    if bias is not None:
-        args["bias"] = bias
+    specs |= {name: parts.whole(args[name], heads, plan.listed_length, width) for name in ("query", "dout")}
+    specs |= {name: parts.whole(args[name], heads) for name in ("lse", "delta")}
+    if key_bias is not None:
+        args["bias"] = parts.bias_columns(key_bias, length, plan.own_length, plan.step_rows)
         specs["bias"] = pl.BlockSpec((None, None, plan.step_rows, LANES), lambda i, j, s: (i, s, 0, 0))
     parts.add_masks(args, specs, None, None if bank is None else jnp.swapaxes(bank, 1, 2))
+    lookup = positions.add(args, specs, bias, plan, own_queries=False)
     squares = pltpu.VMEM((plan.own // plan.chunk, plan.width, plan.chunk, plan.listed), jnp.float32)
-    sums = {"key": width, "value": width} | ({} if bias is None else {"bias": LANES})
+    sums = {"key": width, "value": width} | ({} if key_bias is None else {"bias": LANES})
     scratch = {
         "sums": {name: pltpu.VMEM((plan.rows + 1, plan.own, size), jnp.float32) for name, size in sums.items()},
         "logits": [squares] * 2,
@@ -214,13 +263,12 @@ def _key_gradients(
     }
     specs, params = parts.fit(specs, args, scratch, plan, "queries", sum(4 * size for size in sums.values()))
     outs = pl.pallas_call(
-        functools.partial(_key_kernel, plan=plan, causal=causal, offset=offset),
+        functools.partial(_key_kernel, plan=plan, causal=causal, sizes=(index.queries, index.keys), lookup=lookup),
         grid=(batch, heads, plan.tiles),
         in_specs=[specs],
         out_specs={name: parts.rows(plan, size) for name, size in sums.items()},
         out_shape={
-            name: jax.ShapeDtypeStruct((batch, heads, plan.own_length, size), jnp.float32)
-            for name, size in sums.items()
+            name: jax.ShapeDtypeStruct((batch, heads, length, size), jnp.float32) for name, size in sums.items()
         },
         scratch_shapes=[scratch],
         compiler_params=params,
@@ -230,61 +278,76 @@ def _key_gradients(
     )(args)
 
     def grouped(x: Float[Array, "B H M d"]) -> Float[Array, "B L G d"]:
-        return jnp.swapaxes(x.reshape(batch, groups, -1, *x.shape[2:]).sum(2)[:, :, :length], 1, 2)
+        return jnp.swapaxes(x.reshape(batch, groups, -1, *x.shape[2:]).sum(2), 1, 2)
 
-    dbias = None if bias is None else jnp.sum(outs["bias"], axis=(1, 3))[:, :length]
+    dbias = None if key_bias is None else jnp.sum(outs["bias"], axis=(1, 3))
     return grouped(outs["key"]), grouped(outs["value"]), dbias
 
 
-def _key_kernel(inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, offset: int) -> None:
-    step, sums = pl.program_id(2), scratch["sums"]
+def _key_kernel(
+    inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, sizes: tuple[int, int], lookup: Lookup | None
+) -> None:
+    step, sums, offset = pl.program_id(2), scratch["sums"], sizes[1] - sizes[0]
+
+    @pl.when(step == 0)
+    def _() -> None:
+        parts.clear(inputs, ("query", "dout"), sizes[0], plan.listed_length)
+
     for total in sums.values():
         total[...] = jnp.zeros(total.shape, jnp.float32)
     chunks = range(0, plan.own, plan.chunk)
+    masks = causal or plan.width > 1
 
     def first(row: Any) -> Any:
         return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
 
     def put(buffer: int, row: Any, start: Any) -> None:
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        for t, place in enumerate(chunks):
-            rows = pl.ds(first(row) + place, plan.chunk)
+        for t, chunk in enumerate(chunks):
+            rows = pl.ds(first(row) + chunk, plan.chunk)
             for w, number in enumerate(ids):
-                scratch["logits"][buffer][t, w] = parts.product(inputs["key"][rows, :], inputs["query"][number], 1, 1)
-                scratch["dweights"][buffer][t, w] = parts.product(
-                    inputs["value"][rows, :], inputs["dout"][number], 1, 1
-                )
+                listed = parts.span(plan, number)
+                for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
+                    scratch[name][buffer][t, w] = parts.product(inputs[left][rows, :], inputs[right][listed, :], 1, 1)
+
+    def place(row: Any) -> Any:
+        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
 
     def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        place = step * plan.step_rows + row * plan.own
-        return parts.limits(plan, [number * plan.listed + offset - place for number in ids], start, count, causal)
+        own = step * plan.step_rows + row * plan.own
+        return parts.limits(plan, [number * plan.listed + offset - own for number in ids], start, count, causal)
 
     def opens(row: Any, start: Any, count: Any) -> Any:
         if plan.width > 1 or "bank" in inputs:
             return False
         ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        return limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
+        seen = limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
+        return positions.opens(inputs, lookup, seen, place(row), ids[0])
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
         ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
         last = limits(ids, row, start, count)
         squares = [(w, q, last[w] + q) for w in range(plan.width) for q in range(0, plan.listed, plan.depth)]
-        for t, place in enumerate(chunks):
-            piece = pl.ds(place, plan.chunk)
+        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
+        for t, chunk in enumerate(chunks):
+            own, piece = pl.ds(first(row) + chunk, plan.chunk), pl.ds(chunk, plan.chunk)
             fresh: dict[str, list[Array]] = {name: [] for name in sums}
             for w, q, limit in squares:
                 columns = pl.ds(q, plan.depth)
                 x = scratch["logits"][buffer][t, w, :, columns]
                 if "bias" in inputs:
-                    x += parts.wide(inputs["bias"][pl.ds(first(row) + place, plan.chunk), :], plan.depth)
+                    x += parts.wide(inputs["bias"][own, :], plan.depth)
+                if lookup is not None:
+                    x += constant if constant is not None else positions.square(inputs, lookup, ids[w], columns, own)
                 if "bank" in inputs:
                     x += inputs["bank"][tiles[0][w], piece, columns].astype(jnp.float32)
-                x = parts.masked(x, limit - place) if mask else x
+                x = parts.masked(x, limit - chunk) if mask and masks else x
                 weights = jnp.exp2(x - inputs["lse"][ids[w], :, columns])
                 dlogits = weights * (
                     scratch["dweights"][buffer][t, w, :, columns] - inputs["delta"][ids[w], :, columns]
                 )
-                queries, douts = inputs["query"][ids[w], columns, :], inputs["dout"][ids[w], columns, :]
+                listed = parts.span(plan, ids[w], q, plan.depth)
+                queries, douts = inputs["query"][listed, :], inputs["dout"][listed, :]
                 fresh["key"].append(parts.product(dlogits.astype(queries.dtype), queries, 1, 0))
                 fresh["value"].append(parts.product(weights.astype(douts.dtype), douts, 1, 0))
                 if "bias" in sums:

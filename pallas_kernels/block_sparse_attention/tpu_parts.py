@@ -50,16 +50,33 @@ def wide(columns: Float[Array, "q 128"], size: int) -> Float[Array, "q c"]:
     return columns if size == LANES else jnp.concatenate([columns] * (size // LANES), axis=1)
 
 
-def blocks(x: Float[Array, "B N H d"], plan: Plan, dtype: Any) -> Float[Array, "B H C q d"]:
-    """Blocks of the listed side."""
-    x = rows_first(x, plan.listed_length, dtype)
-    return x.reshape(*x.shape[:2], -1, plan.listed, x.shape[-1])
+def rows_first(x: Float[Array, "B N H d"], dtype: Any) -> Float[Array, "B H N d"]:
+    """Heads before rows. Blocks may reach past the last row, where they hold nothing that means anything."""
+    return jnp.swapaxes(x.astype(dtype), 1, 2)
 
 
-def rows_first(x: Float[Array, "B N H d"], length: int, dtype: Any) -> Float[Array, "B H M d"]:
-    """Heads before rows, padded with zeros to `length` rows."""
-    x = jnp.swapaxes(x.astype(dtype), 1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+def columns_first(x: Float[Array, "B N H d"], dtype: Any) -> Float[Array, "B H d N"]:
+    """Heads before numbers before rows."""
+    return jnp.transpose(x.astype(dtype), (0, 2, 3, 1))
+
+
+def clear(inputs: Any, names: tuple[str, ...], first: int, rows: int, *, by_columns: tuple[str, ...] = ()) -> None:
+    """Zeros in arrays of `rows` rows, or columns, from row `first` on, so that a weight of 0 there adds 0."""
+    start = first // LANES * LANES
+    if first == rows:
+        return
+    for name in (*names, *by_columns):
+        axis = 1 if name in by_columns else 0
+        place = (slice(None), pl.ds(start, rows - start))[:: 1 if axis else -1]
+        last = inputs[name][place]
+        real = start + jax.lax.broadcasted_iota(jnp.int32, last.shape, axis) < first
+        # Narrow numbers have no selection on every chip.
+        inputs[name][place] = jnp.where(real, last.astype(jnp.float32), 0.0).astype(last.dtype)
+
+
+def span(plan: Plan, number: Any, start: int = 0, size: int | None = None) -> Any:
+    """Rows of a listed block, or `size` of them from `start` on."""
+    return pl.ds(pl.multiple_of(number * plan.listed + start, LANES), plan.listed if size is None else size)
 
 
 def bias_columns(
@@ -104,10 +121,13 @@ def table_specs(index: BlockIndex, plan: Plan, heads: int, lists: int) -> tuple[
     return [spec(plan.rows * plan.capacity)] * lists, spec(plan.rows + 2)
 
 
-def whole(x: Array, heads: int) -> pl.BlockSpec:
-    """All blocks `[B, heads of x, C, ...]` of a head, in VMEM; copied once for all steps in a row that share them."""
+def whole(x: Array, heads: int, *block: int) -> pl.BlockSpec:
+    """All of a head of `x [B, heads of x, ...]`, as a `block` where that is larger, in VMEM.
+
+    Copied once for all steps in a row that share it.
+    """
     head, rest = which(x.shape[1], heads), (0,) * (x.ndim - 2)
-    return pl.BlockSpec((None, None, *x.shape[2:]), lambda i, j, s: (i, head(j), *rest))
+    return pl.BlockSpec((None, None, *(block or x.shape[2:])), lambda i, j, s: (i, head(j), *rest))
 
 
 def rows(plan: Plan, width: int) -> pl.BlockSpec:
@@ -125,6 +145,41 @@ def which(size: int, heads: int) -> Callable[[Any], Any]:
     return lambda head: head // (heads // size)
 
 
+# Arrays of the listed side by its name.
+_LISTED = {
+    "keys": {"key", "key_columns", "value", "bias", "key_positions"},
+    "queries": {"query", "dout", "lse", "delta", "weight", "query_positions"},
+}
+
+
+def fits(specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str, written: int) -> bool:
+    """Whether `fit` refuses nothing."""
+    per_row, fixed, _ = _demand(specs, args, scratch, plan, listed, written)
+    return tpu_plan.fits(per_row, plan.listed_length, fixed)
+
+
+def _demand(
+    specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str, written: int
+) -> tuple[int, int, list[str]]:
+    """Bytes of VMEM for each listed row, bytes for the rest, and the names of what lies there whole."""
+    memory = [leaf for leaf in jax.tree.leaves(scratch) if leaf.memory_space == pltpu.VMEM]
+    fixed = sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in memory)
+    # Whatever the grid moves a step at a time has two buffers.
+    fixed += 2 * plan.step_rows * written
+    per_row, resident = 0, []
+    for name, spec in specs.items():
+        if not isinstance(spec, pl.BlockSpec) or spec.memory_space is not None:
+            continue
+        block = [size for size in spec.block_shape if size is not None]
+        size = tpu_plan.vmem_bytes(block, args[name].dtype)
+        if name in _LISTED[listed]:
+            resident.append(name)
+            per_row += size // plan.listed_length
+        else:
+            fixed += 2 * size
+    return per_row, fixed, resident
+
+
 def fit(
     specs: dict[str, Any], args: Any, scratch: Any, plan: Plan, listed: str, written: int
 ) -> tuple[dict[str, Any], Any]:
@@ -136,20 +191,7 @@ def fit(
     Raises:
       NotImplementedError: blocks and scratch do not fit.
     """
-    fixed = sum(tpu_plan.vmem_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(scratch))
-    # Whatever the grid moves a step at a time has two buffers.
-    fixed += 2 * plan.step_rows * written
-    per_row, resident = 0, []
-    for name, spec in specs.items():
-        if not isinstance(spec, pl.BlockSpec) or spec.memory_space is not None:
-            continue
-        block = [size for size in spec.block_shape if size is not None]
-        size = tpu_plan.vmem_bytes(block, args[name].dtype)
-        if len(block) == 3 and name != "bank":
-            resident.append(name)
-            per_row += size // plan.listed_length
-        else:
-            fixed += 2 * size
+    per_row, fixed, resident = _demand(specs, args, scratch, plan, listed, written)
     buffers, limit = tpu_plan.vmem_limit(per_row, plan.listed_length, fixed, listed)
     if buffers == 1:
         once = {

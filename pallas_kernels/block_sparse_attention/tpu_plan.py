@@ -89,14 +89,16 @@ def make_plan(index: BlockIndex, width: int) -> Plan:
     own, listed = _working(index.block_q), _working(index.block_k)
     lists = index.query_blocks * (index.block_q // own)
     tiles = -(-lists * own // max(_TILE_ROWS * LANES // max(width, LANES), own))
+    rows = -(-lists // tiles)
     width = max(1, _ITEM_ROWS // listed)
     capacity = index.indices.shape[-1] * (index.block_k // listed)
     unit = _matrix_width()
     return Plan(
         own=own,
         listed=listed,
-        rows=-(-lists // tiles),
-        tiles=tiles,
+        rows=rows,
+        # No tile without a list.
+        tiles=-(-lists // rows),
         width=width,
         capacity=-(-capacity // width) * width,
         blocks=index.key_blocks * (index.block_k // listed),
@@ -122,6 +124,16 @@ def _matrix_width() -> int:
     return LANES if info is None else info.mxu_column_size
 
 
+def _vmem() -> int:
+    info = _tpu_info()
+    return _VMEM_BYTES if info is None else info.vmem_capacity_bytes
+
+
+def fits(per_row: int, rows: int, fixed: int) -> bool:
+    """Whether rows that lie in VMEM whole fit; arguments as in `vmem_limit`."""
+    return per_row * rows + fixed <= int(_vmem() * _PLANNED)
+
+
 def vmem_limit(per_row: int, rows: int, fixed: int, name: str) -> tuple[int, int]:
     """How many copies of the rows that lie in VMEM whole fit, 2 or 1, and the bytes of VMEM to ask the compiler for.
 
@@ -131,11 +143,10 @@ def vmem_limit(per_row: int, rows: int, fixed: int, name: str) -> tuple[int, int
     Raises:
       NotImplementedError: not one copy fits.
     """
-    info = _tpu_info()
-    there = _VMEM_BYTES if info is None else info.vmem_capacity_bytes
+    there = _vmem()
     room = int(there * _PLANNED)
     if (needed := per_row * rows + fixed) > room:
-        longest = max(0, (room - fixed) // per_row // LANES * LANES)
+        longest = max(0, (room - fixed) // max(per_row, 1) // LANES * LANES)
         raise NotImplementedError(
             f"{rows} {name} of one head need {needed / 2**20:.1f} MiB of VMEM and there are {room / 2**20:.1f}; "
             f"the longest supported is {longest}, or cut the {name} in parts and join the outputs by their lse"
@@ -192,13 +203,19 @@ def _flat(x: Int[Array, "b h R K"], plan: Plan) -> Int[Array, "b h S 1 rK"]:
 
 
 def walk(
-    counts: Any, plan: Plan, put: Callable[..., None], use: Callable[..., None], opens: Callable[..., Any]
+    counts: Any,
+    plan: Plan,
+    put: Callable[..., None],
+    use: Callable[..., None],
+    opens: Callable[..., Any],
+    stream: Any = None,
 ) -> None:
     """Runs `put(buffer, list, start)` an item ahead of `use(buffer, list, start, count, mask)` over all items of a tile.
 
     `start` is the place in the list of an item's first block; those at and after `count` are idle. Items without any block go
     to the spare list at the end, and what they leave there is never read. There are two buffers. `opens(list, start, count)`
     says whether an item needs no mask: a Python bool for all items alike, or a traced one, and then there are two branches.
+    A `stream` fetches the blocks of items from HBM.
     """
 
     def after(row: Any, start: Any) -> tuple[Any, Any]:
@@ -214,6 +231,12 @@ def walk(
 
         def work(mask: bool) -> None:
             for buffer, item, ahead in ((0, first, second), (1, second, third)):
+                if stream is not None:
+                    stream.start("key", buffer, *after(*ahead))
+                    stream.start("value", 1 - buffer, *ahead)
+                    # Nothing may wait between the two: the compiler works them side by side.
+                    stream.wait("key", 1 - buffer)
+                    stream.wait("value", buffer)
                 put(1 - buffer, *ahead)
                 use(buffer, own(item[0]), item[1], counts[0, item[0]], mask)
 
@@ -225,5 +248,14 @@ def walk(
         return third
 
     first = (jnp.int32(0), jnp.int32(0))
+    if stream is not None:
+        stream.start("key", 0, *first)
+        stream.start("key", 1, *after(*first))
+        stream.start("value", 0, *first)
+        stream.wait("key", 0)
     put(0, *first)
     jax.lax.fori_loop(0, counts[0, plan.rows + 1] // 2, pair, first)
+    if stream is not None:
+        # What was fetched for items after the last one.
+        stream.wait("key", 1)
+        stream.wait("value", 0)

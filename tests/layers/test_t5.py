@@ -258,6 +258,29 @@ def test_relative_bias_after_compaction_is_the_full_bias_gathered_on_both_axes()
         np.testing.assert_array_equal(got[row, :, :count, :count], np.asarray(full)[0][:, stay][:, :, stay])
 
 
+def test_kernels_that_make_the_bias_from_positions_give_the_same_numbers(monkeypatch):
+    model = MODEL.clone(scan_layers=True, encoder_layers=2, gate_layer=1, score_excess=True)
+    batch = draw()
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *batch))["params"]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: 0.2 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+    def loss(params):
+        logits, aux = model.apply({"params": params}, *batch, deletion="hard")
+        return jnp.sum(jax.nn.log_softmax(logits)[..., 3]), (logits, aux["losses"]["score_excess"][0])
+
+    found = {}
+    for name in ("xla", "gpu_interpret"):
+        monkeypatch.setattr("pallas_kernels.dispatch.preference", lambda name=name: (name, "xla"))
+        # Each is traced anew.
+        traced = jax.jit(jax.grad(lambda params: loss(params), has_aux=True)).trace(params)
+        assert ("pallas_call" in str(traced.jaxpr)) == (name != "xla")
+        found[name] = traced.lower().compile({"xla_backend_optimization_level": "0"})(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), *found.values())
+    tables = [found["xla"][0][name]["embedding"] for name in ("encoder_bias", "decoder_bias")]
+    assert all(np.abs(table).max() > 1e-3 for table in tables)
+
+
 def stack_layers(params):
     """Parameters of unrolled layers in the layout of scanned ones."""
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TPU and GPU kernels of biased attention and column statistics: in the interpreters against the reference, and compiled."""
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,7 @@ from pallas_kernels.biased_flash_attention import (
     reference,
     tpu,
 )
+from pallas_kernels.position_bias import PositionBias
 from tests.pallas_kernels.tpu_compiler import CHIPS, compile_for
 
 # Two blocks of queries and two or three of keys, the last of each cut short; the last queries alone are a block by themselves.
@@ -36,6 +38,56 @@ def _inputs(seed=0):
     # The second row of the batch has no key.
     bias[1] = -np.inf
     return arrays | {"key_bias": bias, "query_weight": rng.random((B, Q)).astype(np.float32)}
+
+
+@functools.cache
+def _table(buckets=32):
+    return np.random.default_rng(1).normal(size=(buckets, H)).astype(np.float32)
+
+
+@functools.cache
+def _positions():
+    """Positions with gaps: near pairs and far ones on both sides within blocks, and blocks that are far as a whole."""
+    rng = np.random.default_rng(2)
+    queries, keys = (np.sort(rng.choice(400, (B, size)), axis=1) for size in (Q, K))
+    queries[0, 128:] = -5000
+    # Not in order either.
+    keys[0, 128:256] = rng.permutation(np.arange(1000, 1128))
+    keys[0, 256:] -= 2000
+    return queries.astype(np.int32), keys.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "bidirectional", "causal", "buckets", "max_distance"),
+    [
+        ("interpret", True, False, 12, 2000),
+        ("gpu_interpret", True, False, 32, 128),
+        ("gpu_interpret", False, True, 16, 300),
+    ],
+)
+def test_a_bias_by_positions_equals_the_dense_one_and_so_do_all_gradients(
+    implementation, bidirectional, causal, buckets, max_distance
+):
+    inputs, positions = _inputs(), _positions()
+    arrays = {name: inputs[name] for name in ("query", "key", "value", "key_bias")}
+
+    def loss(function, arrays, table, positions):
+        bias = PositionBias(table, *positions, bidirectional, max_distance)
+        out = function(**arrays, bias=bias, causal=causal, softmax="off_by_one", scale=0.4)
+        return jnp.sum(out * inputs["dout"]), out
+
+    def run(function, **options):
+        differentiated = jax.grad(functools.partial(loss, function), argnums=(0, 1), has_aux=True)
+        (grads, dtable), out = jax.jit(differentiated, **options)(arrays, _table(buckets), positions)
+        return out, grads | {"table": dtable}
+
+    out, grads = run(functools.partial(biased_attention, implementation=implementation), compiler_options=QUICK)
+    expected, expected_grads = run(reference.biased_attention)
+    np.testing.assert_allclose(out, expected, **EXACT)
+    # Sums over tens of thousands of pairs, of which the reference adds each to its bucket in turn.
+    np.testing.assert_allclose(grads.pop("table"), expected_grads.pop("table"), rtol=1e-5, atol=3e-5)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected_grads[name], err_msg=name, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -62,11 +114,15 @@ def test_values_and_gradients_equal_the_reference(implementation, softmax, causa
 
 
 @pytest.mark.parametrize("implementation", INTERPRETED)
-@pytest.mark.parametrize(("statistic", "causal", "softmax"), [("sum", True, "off_by_one"), ("max", False, "standard")])
-def test_column_statistics_equal_the_reference(implementation, statistic, causal, softmax):
+@pytest.mark.parametrize(
+    ("statistic", "causal", "softmax", "by_positions"),
+    [("sum", True, "off_by_one", False), ("max", False, "standard", False), ("sum", False, "standard", True)],
+)
+def test_column_statistics_equal_the_reference(implementation, statistic, causal, softmax, by_positions):
     inputs = _inputs()
     options = {"statistic": statistic, "causal": causal, "softmax": softmax}
     arrays = {name: inputs[name] for name in ("query", "key", "key_bias", "query_weight")}
+    arrays["bias"] = PositionBias(_table(12), *_positions(), True, 2000) if by_positions else None
     run = functools.partial(attention_column_stats, implementation=implementation, **options)
     stats = jax.jit(run, compiler_options=QUICK)(**arrays)
     np.testing.assert_allclose(stats, reference.attention_column_stats(**arrays, **options), **EXACT)
@@ -97,12 +153,15 @@ def test_the_gradient_of_the_statistics_is_that_of_the_plain_form(kernels):
     arrays = [_inputs()[name][:1, :40] for name in ("query", "key")]
     cotangent = np.random.default_rng(0).normal(size=(1, H, 40)).astype(np.float32)
     static = (kernels, True, "standard", 0.3, "sum", False)
-    grads = over_blocks._stats_backward(static, (*arrays, None, None), cotangent)
+    bias = PositionBias(_table(), *(positions[:1, :40] for positions in _positions()))
+    *grads, _, _, by_position = over_blocks._stats_backward(static, (*arrays, None, None, bias), cotangent)
 
-    def plain(query, key):
-        return jnp.sum(reference.attention_column_stats(query, key, causal=True, scale=0.3) * cotangent)
+    def plain(query, key, table):
+        own = dataclasses.replace(bias, table=table)
+        return jnp.sum(reference.attention_column_stats(query, key, bias=own, causal=True, scale=0.3) * cotangent)
 
-    for grad, other in zip(grads[:2], jax.grad(plain, argnums=(0, 1))(*arrays), strict=True):
+    expected = jax.grad(plain, argnums=(0, 1, 2))(*arrays, bias.table)
+    for grad, other in zip((*grads, by_position.table), expected, strict=True):
         np.testing.assert_allclose(grad, other, rtol=1e-4, atol=1e-5)
 
 
@@ -121,8 +180,10 @@ def test_statistics_have_a_gradient_under_the_kernels_own_rule():
 
 def test_bfloat16_keeps_its_dtype_and_a_float32_softmax():
     args = [_inputs()[name].astype(jnp.bfloat16) for name in ("query", "key", "value")]
-    out = jax.jit(functools.partial(biased_attention, implementation="gpu_interpret"), compiler_options=QUICK)(*args)
-    expected = reference.biased_attention(*(array.astype(np.float32) for array in args))
+    bias = PositionBias(_table().astype(jnp.bfloat16), *_positions())
+    run = functools.partial(biased_attention, implementation="gpu_interpret")
+    out = jax.jit(run, compiler_options=QUICK)(*args, bias=bias)
+    expected = reference.biased_attention(*(array.astype(np.float32) for array in args), bias=bias)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(np.float32), expected, atol=2e-2)
 
@@ -162,7 +223,9 @@ def test_causal_lists_hold_the_blocks_up_to_the_diagonal(kernels, queries, keys)
 def test_what_the_kernels_cannot_do_is_refused_by_name_and_left_to_the_plain_form_otherwise(platform, monkeypatch):
     args = [_inputs()[name] for name in ("query", "key", "value")]
     bias = np.zeros((1, H, Q, K), np.float32)
-    with pytest.raises(NotImplementedError, match=f"has no {platform.upper()} kernel; key_bias has"):
+    with pytest.raises(
+        NotImplementedError, match=f"has no {platform.upper()} kernel; key_bias and a PositionBias have"
+    ):
         biased_attention(*args, bias=bias, implementation=platform)
     with pytest.raises(NotImplementedError, match=f"has no {platform.upper()} kernel"):
         attention_column_stats(*args[:2], bias=bias, implementation=platform)
@@ -178,23 +241,37 @@ def test_heads_too_wide_for_the_gpu_and_unknown_statistics_are_refused():
     args = [_inputs()[name] for name in ("query", "key", "value")]
     with pytest.raises(NotImplementedError, match="heads of up to 256; got a width of 264"):
         biased_attention(*(np.tile(array, 33) for array in args), implementation="gpu")
+    with pytest.raises(NotImplementedError, match="a bias by positions take heads of up to 64; got a width of 72"):
+        biased_attention(
+            *(np.tile(array, 9) for array in args), bias=PositionBias(_table(), *_positions()), implementation="gpu"
+        )
     with pytest.raises(ValueError, match="statistic='mean' is not one of"):
         attention_column_stats(*args[:2], statistic="mean")
 
 
 @pytest.mark.parametrize("generation", CHIPS)
-@pytest.mark.parametrize(("length", "heads", "width", "causal"), [(577, 16, 64, False), (2048, 8, 128, True)])
-def test_kernels_compile(length, heads, width, causal, generation):
+@pytest.mark.parametrize(
+    ("length", "heads", "width", "causal", "buckets"),
+    [(577, 16, 64, False, 0), (2048, 8, 128, True, 0), (700, 6, 64, False, 32), (1024, 6, 64, True, 32)],
+)
+def test_kernels_compile(length, heads, width, causal, buckets, generation):
     array = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
     bias = jax.ShapeDtypeStruct((1, length), jnp.float32)
+    table = jax.ShapeDtypeStruct((buckets, heads), jnp.float32) if buckets else None
+    positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
     options = {"causal": causal, "softmax": "off_by_one", "implementation": "tpu"}
 
-    def run(query, key, value, bias):
-        def loss(query, key, value, bias):
-            return jnp.sum(biased_attention(query, key, value, key_bias=bias, **options).astype(jnp.float32) ** 2)
+    def run(query, key, value, bias, table, positions):
+        def by_positions(table):
+            return None if table is None else PositionBias(table, positions, positions, not causal)
 
-        return jax.grad(loss, argnums=range(4))(query, key, value, bias), attention_column_stats(query, key, **options)
+        def loss(query, key, value, bias, table):
+            own = {"key_bias": bias, "bias": by_positions(table)}
+            return jnp.sum(biased_attention(query, key, value, **own, **options).astype(jnp.float32) ** 2)
 
-    _, compiled = compile_for(generation, run, array, array, array, bias)
+        grads = jax.grad(loss, argnums=range(5))(query, key, value, bias, table)
+        return grads, attention_column_stats(query, key, bias=by_positions(table), **options)
+
+    _, compiled = compile_for(generation, run, array, array, array, bias, table, positions)
     text = compiled.as_text()
     assert "block_sparse_attention_key_gradients" in text and "attention_column_stats" in text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention as bsa
-from pallas_kernels.block_sparse_attention import reference, tpu_plan
+from pallas_kernels.block_sparse_attention import reference, tpu_parts, tpu_plan
 
 # Two blocks of queries and two of keys, the last of each cut short.
 N, L, D, BLOCK = 200, 250, 8, 128
@@ -95,6 +95,22 @@ def test_bfloat16_with_lists_for_every_head_and_a_length_that_cuts_the_last_bloc
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("block", [128, 512])
+def test_keys_that_do_not_fit_are_fetched_as_they_are_listed(block, monkeypatch):
+    """Lists of one, of two and of no blocks, on both sides of the ends of buffers."""
+    monkeypatch.setattr(tpu_parts, "fits", lambda *_: False)
+    length = 4 * block - 40
+    inputs = _inputs(heads=2, groups=2, queries=3 * 128, keys=length)
+    mask = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]], bool)
+    index = bsa.from_block_mask(mask[None, None], queries=3 * 128, keys=length, block_q=128, block_k=block)
+    arrays = {name: inputs[name] for name in ("query", "key", "value", "key_bias")}
+    run = functools.partial(bsa.block_sparse_attention, implementation="interpret", causal=True, return_lse=True)
+    jitted = jax.jit(lambda arrays: run(index=index, **arrays), compiler_options=QUICK)
+    expected = reference.block_sparse_attention(index=index, causal=True, **arrays)
+    for mine, other in zip(jitted(arrays), expected, strict=True):
+        np.testing.assert_allclose(mine, other, **EXACT)
+
+
 def test_single_blocks_take_the_branch_without_masks_where_they_can(monkeypatch):
     """With one block in an item, pairs of whole blocks are worked without masks, and the diagonal with them."""
     monkeypatch.setattr(tpu_plan, "_ITEM_ROWS", BLOCK)
@@ -136,10 +152,12 @@ def test_refusals_name_what_would_do(implementation):
     run = functools.partial(bsa.block_sparse_attention, implementation=implementation)
     with pytest.raises(NotImplementedError, match="block_q=64 is not a multiple of 128; the nearest supported is 128"):
         jax.eval_shape(run, *_abstract(512, 64))
+    *arrays, index = _abstract(2**20, 512)
+    assert jax.eval_shape(run, *arrays, index).shape == arrays[0].shape
     with pytest.raises(
         NotImplementedError, match=r"1048576 keys of one head need .* MiB .* the longest supported is \d+"
     ):
-        jax.eval_shape(run, *_abstract(2**20, 512))
+        jax.eval_shape(jax.grad(lambda q, k, v, i: jnp.sum(run(q, k, v, i)).astype(jnp.float32)), *arrays, index)
 
 
 def test_what_only_the_gradient_cannot_do_is_refused_before_the_forward_pass_is_chosen():

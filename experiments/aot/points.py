@@ -300,7 +300,7 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
 
 def decode_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
     """Sparse decoding over full lists, against the time that memory needs for the listed pages alone."""
-    for case in kernels.KERNELS["sparse_decode_attention"]():
+    for case in kernels.KERNELS["sparse_decode_attention"]("tpu"):
         spec = decode_specs.NAMED[case.shape]
         for name in chips:
             chip = compiler.CHIPS[name]

@@ -24,6 +24,7 @@ from layers.vit import SHAPES, Block
 from pallas_kernels import ragged_prefix_mlp as prefix
 from pallas_kernels.biased_flash_attention.tpu import all_blocks
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention, from_block_mask, tpu_plan
+from pallas_kernels.merge import tpu_pairs
 from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 from pallas_kernels.sparse_decode_attention import specs as decode_specs
@@ -270,14 +271,14 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
             times = {}
             for attention in ("xla", "tpu"):
                 found = kernels.compiled(*_vit_layer(tokens, batch, 0, attention), name, dump)
-                times[attention] = _layer_cycles(found, tokens, "")
+                times[attention] = _layer_cycles(found, tokens, batch, "")
             reduced = kernels.compiled(*_vit_layer(tokens, batch, removed, "xla"), name, dump)
-            own = _layer_cycles(reduced, tokens, "Block._reduce")
+            own = _layer_cycles(reduced, tokens, batch, "Block._reduce")
             fastest = min(times, key=times.get)
             clock = compiler.CHIPS[name].clock
             # One read and one write of the features, were they all that is moved, and not in on-chip memory.
             moved = batch * (2 * tokens - removed) * SHAPES["L"][0] * 2 / compiler.CHIPS[name].bandwidth * clock
-            merging = sum(program.cycles() for program in reduced.kernels if program.name.startswith("merge_pairs"))
+            merging = sum(_cycles(program, batch) for program in reduced.kernels if "merge_pairs" in program.name)
             yield _finished(
                 {
                     "part": "matching and merging in a ViT-L layer",
@@ -287,7 +288,7 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
                     "layer_us": {attention: 1e6 * cycles / clock for attention, cycles in times.items()},
                     "share_of_layer": own / times[fastest],
                     "kernels_us": {
-                        program.name: round(1e6 * program.cycles() / clock, 2)
+                        program.name: round(1e6 * _cycles(program, batch) / clock, 2)
                         for program, place in zip(reduced.kernels, reduced.places, strict=True)
                         if "Block._reduce" in place
                     },
@@ -359,7 +360,15 @@ def _vit_layer(tokens: int, batch: int, removed: int, attention: str) -> tuple:
     return layer, (params, features, mass)
 
 
-def _layer_cycles(found: kernels.Scheduled, tokens: int, scope: str) -> float:
+def _cycles(program: schedule.Program, batch: int) -> float:
+    """Of a kernel in a layer; merging of pairs splits the tables of several sequences in the first one's step."""
+    if "merge_pairs" not in program.name:
+        return program.cycles()
+    split = sum(region.bundles for region in program.step.inside)
+    return program.cycles() - program.grid.trips * split * (1 - 1 / tpu_pairs.sequences(batch))
+
+
+def _layer_cycles(found: kernels.Scheduled, tokens: int, batch: int, scope: str) -> float:
     total = sum(cycles for cycles, place in found.instructions if place and scope in place)
     for program, place in zip(found.kernels, found.places, strict=True):
         if scope not in place:
@@ -367,7 +376,7 @@ def _layer_cycles(found: kernels.Scheduled, tokens: int, scope: str) -> float:
         if "block_sparse" in program.name:
             total += attention_cycles(program, all_blocks(tokens, tokens, False), 64, causal=False)["total"]
         else:
-            total += program.cycles()
+            total += _cycles(program, batch)
     return total
 
 

@@ -32,6 +32,11 @@ def takes(values: Array, slots: int, in_order: bool) -> bool:
     return values.dtype == jnp.bfloat16 and values.shape[1] > 1 and _columns(values.shape, slots, in_order) is not None
 
 
+def sequences(batch: int) -> int:
+    """Sequences whose tables are split into even and odd tokens together, a register of them if the batch allows."""
+    return max(count for count in range(1, 9) if batch % count == 0)
+
+
 def _columns(shape: tuple[int, ...], slots: int, in_order: bool) -> int | None:
     """Features a step: the most that fit, as what the tables say is worked out anew for each block of them."""
     _, length, width = shape
@@ -52,6 +57,7 @@ def _needed(length: int, slots: int, columns: int, in_order: bool) -> int:
         (odd, even if even <= _SHORT else joining), jnp.float32
     )
     blocks = 2 * (vmem.size((length + 16, columns), jnp.bfloat16) + vmem.size((slots, columns), jnp.bfloat16))
+    blocks += vmem.size((2 * _whole(even), 8), jnp.float32) + 8 * vmem.size((8, length), jnp.float32)
     return blocks + 2 * tables + 4 * vmem.size((even, min(columns, _LANES)), jnp.float32)
 
 
@@ -67,22 +73,27 @@ def merge(
     """Weighted sums of the rows that join each slot, a sequence and a block of columns a step."""
     (batch, length, width), even = values.shape, -(-values.shape[1] // 2)
     columns = _columns(values.shape, slots, in_order)
-    odd_weight = jnp.pad(weight[:, 1::2], ((0, 0), (0, even - length // 2)))
-    joins = assign[:, ::2] >= slots - length // 2
-    rank = jnp.where(joins, jnp.cumsum(joins, axis=1), 0) - 1
-    facts = [x.astype(jnp.float32) for x in (assign[:, ::2], weight[:, ::2], rank, odd_weight)]
     # Whole words and whole registers: rows past the end are never used.
     rows = -(-length // 16) * 16
+    group = sequences(batch)
+    facts = pl.BlockSpec((1, group, length), lambda g, b, c: (g, 0, 0))
     return pl.pallas_call(
-        functools.partial(_kernel, length=length, in_order=in_order),
+        functools.partial(_kernel, in_order=in_order),
         out_shape=jax.ShapeDtypeStruct((batch, slots, width), values.dtype),
-        grid=(batch, width // columns),
+        grid=(batch // group, group, width // columns),
         in_specs=[
-            pl.BlockSpec((1, len(facts), even), lambda b, c: (b, 0, 0)),
-            pl.BlockSpec((1, rows, columns), lambda b, c: (b, 0, c)),
+            facts,
+            facts,
+            pl.BlockSpec((1, rows, columns), lambda g, b, c: (g * group + b, 0, c)),
         ],
-        out_specs=pl.BlockSpec((1, slots, columns), lambda b, c: (b, 0, c)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem.SCOPE),
+        out_specs=pl.BlockSpec((1, slots, columns), lambda g, b, c: (g * group + b, 0, c)),
+        scratch_shapes=[
+            pltpu.VMEM((2 * _whole(even), 8), jnp.float32),
+            pltpu.VMEM((4, 8, _whole(even)), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem.SCOPE
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * slots * 2 * _TILE * width,
             bytes_accessed=2 * batch * (length + slots) * width,
@@ -90,7 +101,7 @@ def merge(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="merge_pairs",
-    )(jnp.stack(facts, axis=1), values)
+    )(*(x.reshape(-1, group, length) for x in (assign, weight)), values)
 
 
 class _Part(NamedTuple):
@@ -102,12 +113,19 @@ class _Part(NamedTuple):
     repair: Array
 
 
-def _kernel(facts_ref, in_ref, out_ref, *, length, in_order):
-    slots, (even, odd) = out_ref.shape[1], (-(-length // 2), length // 2)
-    first = slots - odd
-    stay = _stay(facts_ref[0, :2], first, even - first if in_order else even)
-    join = _join(facts_ref[0, :3], first, odd) if first < even else None
-    odd_weight = jnp.broadcast_to(facts_ref[0, 3:], (8, even)).T[:odd, :1]
+def _kernel(assign_ref, weight_ref, in_ref, out_ref, down_ref, facts_ref, *, in_order):
+    slots, length = out_ref.shape[1], assign_ref.shape[2]
+    even, odd = -(-length // 2), length // 2
+    first, row = slots - odd, pl.ds(pl.program_id(1), 1)
+
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _():
+        _split(assign_ref, weight_ref, down_ref, facts_ref, first, even)
+
+    assign, weight, rank = (facts_ref[fact, row][:, :even] for fact in range(3))
+    odd_weight = jnp.broadcast_to(facts_ref[3, row], (8, facts_ref.shape[2])).T[:odd, :1]
+    stay = _stay(assign, weight, first, even - first if in_order else even)
+    join = _join(assign, weight, rank, first, odd) if first < even else None
     for start in range(0, in_ref.shape[2], _LANES):
         lanes = slice(start, min(start + _LANES, in_ref.shape[2]))
         words = pltpu.bitcast(in_ref[0, :, lanes], jnp.uint32)
@@ -123,36 +141,73 @@ def _kernel(facts_ref, in_ref, out_ref, *, length, in_order):
         out_ref[0, first:, lanes] = total.astype(out_ref.dtype)
 
 
-def _stay(facts: Float[Array, "2 A"], first: int, reach: int) -> list[_Part]:
+def _split(assign_ref, weight_ref, down_ref, facts_ref, first, even):
+    """Of several sequences: slots, weights and ranks of even tokens, and weights of odd ones."""
+    length, whole = assign_ref.shape[2], facts_ref.shape[2]
+    evens, odds = (pl.ds(half, whole, stride=2) for half in range(2))
+    for fact, ref in enumerate((assign_ref, weight_ref)):
+        # Down, the halves are rows that are two apart.
+        down_ref[:length] = _eight(ref[0].astype(jnp.float32)).T
+        facts_ref[fact] = down_ref[evens].T
+    facts_ref[3] = down_ref[odds].T
+    # What lies past the last token may be anything.
+    joins = (facts_ref[0] >= first) & (jax.lax.broadcasted_iota(jnp.int32, (8, whole), 1) < even)
+    facts_ref[2] = jnp.where(joins, _ranks(jnp.where(joins, 1.0, 0.0)), -1.0)
+
+
+def _stay(assign: Float[Array, "1 A"], weight: Float[Array, "1 A"], first: int, reach: int) -> list[_Part]:
     """Even tokens that keep a slot, at most `reach` places before their own."""
-    even, parts = facts.shape[1], []
+    even, parts = assign.shape[1], []
     for start in range(0, first, _TILE):
         rows = slice(start, min(start + _TILE, first))
         # A token moves down only.
         tokens = slice(start if reach < even else 0, min(rows.stop + reach, even))
         shape = (rows.stop - rows.start, tokens.stop - tokens.start)
         slot = (start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.float32)
-        assign, weight = facts[:1, tokens], facts[1:, tokens]
-        parts.append(_Part(rows, tokens, *_rounded(jnp.where(slot == assign, weight, 0.0))))
+        matrix = jnp.where(slot == assign[:, tokens], weight[:, tokens], 0.0)
+        parts.append(_Part(rows, tokens, *_rounded(matrix)))
     return parts
 
 
-def _join(facts: Float[Array, "3 A"], first: int, odd: int) -> tuple[Float[Array, "R A"] | None, _Part]:
+def _whole(lanes: int) -> int:
+    """Lanes of whole registers."""
+    return -(-lanes // 128) * 128
+
+
+def _eight(*rows: Array) -> Array:
+    """Rows of one register, zeros after those given."""
+    given = sum(row.shape[0] for row in rows)
+    return jnp.concatenate([*rows, *([jnp.zeros((8 - given, rows[0].shape[1]))] if given < 8 else [])], axis=0)
+
+
+def _ranks(joins: Float[Array, "8 L"]) -> Float[Array, "8 L"]:
+    """How many ones stand before each place: products with a triangle, exact in bfloat16."""
+    shape, ranks, before = (128, 128), [], 0.0
+    ahead = jax.lax.broadcasted_iota(jnp.int32, shape, 0) < jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    triangle = jnp.where(ahead, 1.0, 0.0).astype(jnp.bfloat16)
+    for start in range(0, joins.shape[1], 128):
+        piece = joins[:, start : start + 128]
+        ranks.append(_dot(piece.astype(jnp.bfloat16), triangle) + before)
+        before += jnp.sum(piece, axis=1, keepdims=True)
+    return jnp.concatenate(ranks, axis=1)
+
+
+def _join(
+    assign: Float[Array, "1 A"], weight: Float[Array, "1 A"], rank: Float[Array, "1 A"], first: int, odd: int
+) -> tuple[Float[Array, "R A"] | None, _Part]:
     """Zeros and ones that gather the even tokens that join an odd one, and the weights with which odd rows take these.
 
     Short sequences gather nothing (None): their odd rows take from all even tokens.
     """
-    even = facts.shape[1]
+    even = assign.shape[1]
     if even <= _SHORT:
         slot = (first + jax.lax.broadcasted_iota(jnp.int32, (odd, even), 0)).astype(jnp.float32)
-        return None, _Part(
-            slice(first, first + odd), slice(0, even), *_rounded(jnp.where(slot == facts[:1], facts[1:2], 0.0))
-        )
+        return None, _Part(slice(first, first + odd), slice(0, even), *_rounded(jnp.where(slot == assign, weight, 0.0)))
     rows = -(-(even - first) // 16) * 16
-    rank = jax.lax.broadcasted_iota(jnp.int32, (rows, even), 0).astype(jnp.float32)
-    choice = jnp.where(rank == facts[2:], 1.0, 0.0).astype(jnp.bfloat16)
+    place = jax.lax.broadcasted_iota(jnp.int32, (rows, even), 0).astype(jnp.float32)
+    choice = jnp.where(place == rank, 1.0, 0.0).astype(jnp.bfloat16)
     # A float32 number is the sum of three bfloat16 ones, and a product with zeros and ones is exact.
-    chosen, left = 0.0, jnp.concatenate([facts, jnp.zeros((5, even))], axis=0)
+    chosen, left = 0.0, _eight(assign, weight)
     for _ in range(3):
         piece = left.astype(jnp.bfloat16)
         chosen, left = chosen + _dot(piece, choice, 1), left - piece.astype(jnp.float32)

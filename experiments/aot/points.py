@@ -361,11 +361,18 @@ def _vit_layer(tokens: int, batch: int, removed: int, attention: str) -> tuple:
 
 
 def _cycles(program: schedule.Program, batch: int) -> float:
-    """Of a kernel in a layer; merging of pairs splits the tables of several sequences in the first one's step."""
-    if "merge_pairs" not in program.name:
+    """Of a kernel in a layer, its step once for each step of the grid and not on the pipeline's two other passes.
+
+    Merging of pairs splits the tables of several sequences in the first one's step.
+    """
+    if program.name.startswith("pair_up"):
+        # Its loops are over tokens: all sequences are one step.
         return program.cycles()
-    split = sum(region.bundles for region in program.step.inside)
-    return program.cycles() - program.grid.trips * split * (1 - 1 / tpu_pairs.sequences(batch))
+    step, steps = program.step, program.grid.trips - 2
+    total = program.cycles() - 2 * step.bundles
+    if program.name.startswith("merge_pairs"):
+        total -= steps * sum(region.bundles for region in step.inside) * (1 - 1 / tpu_pairs.sequences(batch))
+    return total
 
 
 def _layer_cycles(found: kernels.Scheduled, tokens: int, batch: int, scope: str) -> float:

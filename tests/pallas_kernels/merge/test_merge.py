@@ -95,17 +95,18 @@ class TestImplementation:
         )
 
 
-@pytest.mark.parametrize("width", [1, 3, 7])
-def test_a_few_numbers_a_token_are_summed_in_float32(width):
+@pytest.mark.parametrize(("width", "length"), [(1, LENGTH), (3, LENGTH), (7, LENGTH), (2, 300)])
+def test_a_few_numbers_a_token_are_summed_in_float32(width, length):
     rng = np.random.default_rng(width)
     # Numbers that bfloat16 would round, and far apart.
     values = jnp.asarray(
-        rng.normal(size=(BATCH, LENGTH, width)) * 10.0 ** rng.integers(-3, 4, (1, 1, width)), jnp.float32
+        rng.normal(size=(BATCH, length, width)) * 10.0 ** rng.integers(-3, 4, (1, 1, width)), jnp.float32
     )
-    assign = jnp.asarray(rng.integers(-1, SLOTS, (BATCH, LENGTH)), jnp.int32)
-    weight = arrays()[2]
-    got = merge(values, assign, weight, SLOTS, implementation="interpret")
-    error = abs(got - loop(values, assign, weight, SLOTS)) / np.max(abs(values), axis=(0, 1))
+    slots = length // 2
+    assign = jnp.asarray(rng.integers(-1, slots, (BATCH, length)), jnp.int32)
+    weight = arrays(length=length)[2]
+    got = merge(values, assign, weight, slots, implementation="interpret")
+    error = abs(got - loop(values, assign, weight, slots)) / np.max(abs(values), axis=(0, 1))
     assert np.max(error) < 1e-6
 
 

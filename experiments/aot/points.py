@@ -321,15 +321,16 @@ def decode_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
 
 
 def _decode_cycles(program: schedule.Program, spec: decode_specs.Spec) -> float:
-    """A sequence's step holds a loop over key heads, that one a loop over blocks of pages."""
+    """A sequence's step holds a loop over key heads, that one a loop over blocks of pages.
+
+    Lists are full: no run of pages is cut short, and no page ends before its slots do.
+    """
     heads = next(region for region in program.step.inside if region.kind == "loop")
     block = next(region for region in heads.inside if region.kind == "loop")
     starts = max((region for region in block.inside if region.inside), key=lambda region: region.bundles)
     runs = sum(region.bundles for region in starts.inside if not region.inside)
-    # The end of the last page is cleared once a list; a run that is cut short is left out, as a whole one costs as much.
-    cleared = sum(region.bundles for region in block.inside if not region.inside)
-    blocks = -(-spec.listed // decode.block_pages(spec.slots, spec.listed))
-    one = heads.own + blocks * (block.own + starts.own + runs) + cleared
+    blocks = -(-spec.listed // decode.block_pages(spec.slots, spec.width, spec.dtype, spec.listed))
+    one = heads.own + blocks * (block.own + starts.own + runs)
     return program.grid.trips * program.grid.own + spec.batch * (program.step.own + spec.groups * one)
 
 

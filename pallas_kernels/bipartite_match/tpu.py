@@ -36,10 +36,11 @@ def bipartite_match(
     *,
     metric: str,
     statistic: str,
-    block: int = _BLOCK,
+    block: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B A S"], Int[Array, "B A S"]]:
-    """The statistic, `block` by `block` similarities at a time."""
+    """The statistic, `block` (`_BLOCK` when None) by `block` similarities at a time."""
+    block = block or _BLOCK
     (batch, rows, channels), columns = left.shape, right.shape[1]
     _check(left, right, block)
     # A few more left rows make no block of their own.

@@ -261,12 +261,12 @@ def staircase_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]
 
 
 def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
-    """What ToMe takes of a ViT-L layer: everything between attention and MLP, over the same layer without it.
+    """What ToMe takes of a ViT-L layer on v5e: everything between attention and MLP, over the same layer without it.
 
     The layer is the faster one of attention by plain JAX and by the kernel. Copies that no operation of the layer asked for
     (of results into their last layout) are left out.
     """
-    for name in chips:
+    for name in {"v5e"}.intersection(chips):
         for tokens, batch, removed in ((197, 64, 8), (577, 32, 8), (1025, 16, 40)):
             times = {}
             for attention in ("xla", "tpu"):

@@ -255,7 +255,12 @@ def staircase_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]
                 "of_peer_speed": best / own,
                 "bookkeeping_share": (other + steps * program.grid.own) / (own + other),
                 "metadata_us": 1e6 * other / chip.clock,
-                "share_of_peak": 4 * spec.rows * spec.width * spec.hidden / (own / chip.clock) / chip.peak,
+                "share_of_peak": 4
+                * spec.rows
+                * spec.width
+                * spec.hidden
+                / (own / chip.clock)
+                / (chip.cores * chip.peak),
             }
         )
 

@@ -176,7 +176,9 @@ class Reduction:
         mass of all that joins it even where its features are the head's alone.
       packed: static; True when the slots are the surviving tokens in their order, empty slots last, so that rows move by
         compaction, whose gradient is a gather too. It has no say where `merges` is True.
-      odd_last: static; True when every odd token heads a slot, in order, and those are the last slots; a kernel then does less.
+      odd_last: static; True when every odd token heads a slot, in order, those are the last slots, and each slot before them is
+        one even token's own; a kernel then does less.
+      in_order: static; True when, beside `odd_last`, those even tokens stand in their order; a kernel then does less still.
     """
 
     slots: Int[Array, "B M"]
@@ -186,6 +188,7 @@ class Reduction:
     stands_at_head: bool = flax.struct.field(pytree_node=False, default=False)
     packed: bool = flax.struct.field(pytree_node=False, default=False)
     odd_last: bool = flax.struct.field(pytree_node=False, default=False)
+    in_order: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def identity(cls, batch: int, length: int) -> Reduction:
@@ -213,7 +216,8 @@ class Reduction:
     def reduce(self, values: Array) -> Array:
         """`values [B, N, ...]` mapped to `[B, M, ...]` (features, or keys and values of a cache)."""
         if self.merges:
-            return merging.merge(values, self.assign, self.weight, self.num_slots, odd_last=self.odd_last)
+            promised = {"odd_last": self.odd_last, "in_order": self.in_order}
+            return merging.merge(values, self.assign, self.weight, self.num_slots, **promised)
         if self.packed:
             return compaction.compact(values, self._packing())
         return _gather(values, self.slots)

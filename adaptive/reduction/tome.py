@@ -51,4 +51,4 @@ def tome(tokens: TokenSet, signals: Signals, budget: budgets.Budget) -> Reductio
         ordered=bool(signals.cls_token),
     )
     # Under a threshold the number of unmerged even tokens is not known in advance.
-    return Reduction(*pairs, merges=True, odd_last=threshold is None)
+    return Reduction(*pairs, merges=True, odd_last=threshold is None, in_order=bool(signals.cls_token))

@@ -96,14 +96,32 @@ def _rows_of(name: str, chips: tuple[str, ...], dump: str) -> Iterator[dict[str,
 def _kernel_rows(options: argparse.Namespace, chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
     names = list(kernels.KERNELS) if options.kernel == "all" else [options.kernel]
     for name in names:
-        rows = []
-        for row in _rows_of(name, chips, dump):
-            rows.append(row)
-            yield row
-        if options.out:
-            folder = epath.Path(options.out)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        found = _rows_of(name, chips, dump)
+        yield from kept(found, epath.Path(options.out) / f"{name}.json", chips) if options.out else found
+
+
+def kept(rows: Iterator[dict[str, Any]], path: epath.Path, chips: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The rows, each written to the file as it comes, in place of the older one of its part, shape and chip.
+
+    Older rows of other chips stay; those of `chips` that were not made again go when all rows are there, so that what is cut
+    off loses nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    older = json.loads(path.read_text()) if path.exists() else []
+    made = {}
+    for row in rows:
+        made[_place(row)] = row
+        _write(path, [*made.values(), *(row for row in older if _place(row) not in made)])
+        yield row
+    _write(path, [*made.values(), *(row for row in older if row["chip"] not in chips)])
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("part", "shape", "chip"))
+
+
+def _write(path: epath.Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _prepare(options: argparse.Namespace, chips: tuple[str, ...], dump: str) -> None:
@@ -133,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", default="v5e:4x4", help="machine for --config (default %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
     parser.add_argument("--chips", default=",".join(compiler.CHIPS), help="for --kernel (default %(default)s)")
-    parser.add_argument("--out", default="", help="folder where --kernel also writes KERNEL.json")
+    parser.add_argument("--out", default="", help="folder of KERNEL.json files where --kernel also puts its rows")
     return parser
 
 

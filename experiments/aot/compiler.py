@@ -14,12 +14,13 @@ from jax.experimental import topologies
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a schedule is turned into time with, for one core (v4 and v5p chips have two).
+    """What a schedule is turned into time with, for one core.
 
     Attributes:
       name: of the generation.
       flops_per_cycle: of all its matrix units in bfloat16; read off the schedules of large products.
       peak: floating-point operations a second in bfloat16. bandwidth: bytes a second of HBM. memory: bytes of HBM.
+      cores: that a kernel's parallel steps are divided over.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Chip:
     peak: float
     bandwidth: float
     memory: int
+    cores: int = 1
 
     @property
     def clock(self) -> float:
@@ -38,9 +40,9 @@ _GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 131_072, 137.5e12, 614.0e9, 16 * _GIB),
+        Chip("v4", 131_072, 137.5e12, 614.0e9, 16 * _GIB, cores=2),
         Chip("v5e", 131_072, 197.0e12, 819.0e9, 16 * _GIB),
-        Chip("v5p", 131_072, 229.5e12, 1382.5e9, 47 * _GIB),
+        Chip("v5p", 131_072, 229.5e12, 1382.5e9, 47 * _GIB, cores=2),
         Chip("v6e", 524_288, 918.0e12, 1638.0e9, 32 * _GIB),
     )
 }

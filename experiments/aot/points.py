@@ -24,6 +24,7 @@ from layers.vit import SHAPES, Block
 from pallas_kernels import ragged_prefix_mlp as prefix
 from pallas_kernels.biased_flash_attention import tpu as biased
 from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention, from_block_mask, tpu_plan
+from pallas_kernels.merge import tpu_pairs
 from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 from pallas_kernels.sparse_decode_attention import specs as decode_specs
@@ -254,30 +255,35 @@ def staircase_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]
                 "of_peer_speed": best / own,
                 "bookkeeping_share": (other + steps * program.grid.own) / (own + other),
                 "metadata_us": 1e6 * other / chip.clock,
-                "share_of_peak": 4 * spec.rows * spec.width * spec.hidden / (own / chip.clock) / chip.peak,
+                "share_of_peak": 4
+                * spec.rows
+                * spec.width
+                * spec.hidden
+                / (own / chip.clock)
+                / (chip.cores * chip.peak),
             }
         )
 
 
 def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
-    """What ToMe takes of a ViT-L layer: everything between attention and MLP, over the same layer without it.
+    """What ToMe takes of a ViT-L layer on v5e: everything between attention and MLP, over the same layer without it.
 
     The layer is the faster one of attention by plain JAX and by the kernel. Copies that no operation of the layer asked for
     (of results into their last layout) are left out.
     """
-    for name in chips:
+    for name in {"v5e"}.intersection(chips):
         for tokens, batch, removed in ((197, 64, 8), (577, 32, 8), (1025, 16, 40)):
             times = {}
             for attention in ("xla", "tpu"):
                 found = kernels.compiled(*_vit_layer(tokens, batch, 0, attention), name, dump)
-                times[attention] = _layer_cycles(found, tokens, "")
+                times[attention] = _layer_cycles(found, tokens, batch, "")
             reduced = kernels.compiled(*_vit_layer(tokens, batch, removed, "xla"), name, dump)
-            own = _layer_cycles(reduced, tokens, "Block._reduce")
+            own = _layer_cycles(reduced, tokens, batch, "Block._reduce")
             fastest = min(times, key=times.get)
             clock = compiler.CHIPS[name].clock
             # One read and one write of the features, were they all that is moved, and not in on-chip memory.
             moved = batch * (2 * tokens - removed) * SHAPES["L"][0] * 2 / compiler.CHIPS[name].bandwidth * clock
-            merging = sum(program.cycles() for program in reduced.kernels if program.name.startswith("merge_pairs"))
+            merging = sum(_cycles(program, batch) for program in reduced.kernels if "merge_pairs" in program.name)
             yield _finished(
                 {
                     "part": "matching and merging in a ViT-L layer",
@@ -287,7 +293,7 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
                     "layer_us": {attention: 1e6 * cycles / clock for attention, cycles in times.items()},
                     "share_of_layer": own / times[fastest],
                     "kernels_us": {
-                        program.name: round(1e6 * program.cycles() / clock, 2)
+                        program.name: round(1e6 * _cycles(program, batch) / clock, 2)
                         for program, place in zip(reduced.kernels, reduced.places, strict=True)
                         if "Block._reduce" in place
                     },
@@ -300,7 +306,7 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
 
 def decode_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
     """Sparse decoding over full lists, against the time that memory needs for the listed pages alone."""
-    for case in kernels.KERNELS["sparse_decode_attention"]():
+    for case in kernels.KERNELS["sparse_decode_attention"]("tpu"):
         spec = decode_specs.NAMED[case.shape]
         for name in chips:
             chip = compiler.CHIPS[name]
@@ -320,15 +326,16 @@ def decode_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
 
 
 def _decode_cycles(program: schedule.Program, spec: decode_specs.Spec) -> float:
-    """A sequence's step holds a loop over key heads, that one a loop over blocks of pages."""
+    """A sequence's step holds a loop over key heads, that one a loop over blocks of pages.
+
+    Lists are full: no run of pages is cut short, and no page ends before its slots do.
+    """
     heads = next(region for region in program.step.inside if region.kind == "loop")
     block = next(region for region in heads.inside if region.kind == "loop")
     starts = max((region for region in block.inside if region.inside), key=lambda region: region.bundles)
     runs = sum(region.bundles for region in starts.inside if not region.inside)
-    # The end of the last page is cleared once a list; a run that is cut short is left out, as a whole one costs as much.
-    cleared = sum(region.bundles for region in block.inside if not region.inside)
-    blocks = -(-spec.listed // decode.block_pages(spec.slots, spec.listed))
-    one = heads.own + blocks * (block.own + starts.own + runs) + cleared
+    blocks = -(-spec.listed // decode.block_pages(spec.slots, spec.width, spec.dtype, spec.listed))
+    one = heads.own + blocks * (block.own + starts.own + runs)
     return program.grid.trips * program.grid.own + spec.batch * (program.step.own + spec.groups * one)
 
 
@@ -359,7 +366,22 @@ def _vit_layer(tokens: int, batch: int, removed: int, attention: str) -> tuple:
     return layer, (params, features, mass)
 
 
-def _layer_cycles(found: kernels.Scheduled, tokens: int, scope: str) -> float:
+def _cycles(program: schedule.Program, batch: int) -> float:
+    """Of a kernel in a layer, its step once for each step of the grid and not on the pipeline's two other passes.
+
+    Merging of pairs splits the tables of several sequences in the first one's step.
+    """
+    if program.name.startswith("pair_up"):
+        # Its loops are over tokens: all sequences are one step.
+        return program.cycles()
+    step, steps = program.step, program.grid.trips - 2
+    total = program.cycles() - 2 * step.bundles
+    if program.name.startswith("merge_pairs"):
+        total -= steps * sum(region.bundles for region in step.inside) * (1 - 1 / tpu_pairs.sequences(batch))
+    return total
+
+
+def _layer_cycles(found: kernels.Scheduled, tokens: int, batch: int, scope: str) -> float:
     total = sum(cycles for cycles, place in found.instructions if place and scope in place)
     for program, place in zip(found.kernels, found.places, strict=True):
         if scope not in place:
@@ -368,7 +390,7 @@ def _layer_cycles(found: kernels.Scheduled, tokens: int, scope: str) -> float:
             blocks = biased.KERNELS.all_blocks(tokens, tokens, False)
             total += attention_cycles(program, blocks, 64, causal=False)["total"]
         else:
-            total += program.cycles()
+            total += _cycles(program, batch)
     return total
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import pathlib
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _FILE = re.compile(r"^(\d+)-(.*)-(\d\d+)-([^/]*)\.txt$")
@@ -79,12 +80,12 @@ class Program:
 
     @property
     def grid(self) -> Region:
-        """The loop over grid steps: the longest one.
+        """The loop over grid steps: the longest one, which chips of two cores put into a condition.
 
         Raises:
           ValueError: there is no loop.
         """
-        loops = [region for region in self.regions if region.kind == "loop"]
+        loops = list(_loops(self.regions))
         if not loops:
             raise ValueError(f"{self.name} has no loop over grid steps")
         return max(loops, key=lambda region: region.bundles)
@@ -105,6 +106,12 @@ class Program:
         """Of one run; see `Region.cycles`. A loop whose length is not known counts once."""
         outside = self.bundles - sum(region.bundles for region in self.regions)
         return outside + sum(region.cycles(taken) for region in self.regions)
+
+
+def _loops(regions: Iterable[Region]) -> Iterator[Region]:
+    """Loops that are in no other loop."""
+    for region in regions:
+        yield from [region] if region.kind == "loop" else _loops(region.inside)
 
 
 def read(folder: str | pathlib.Path) -> list[Program]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from experiments.bench import (
     acm,
+    autotune,
     biased_flash_attention,
     bipartite_match,
     block_sparse_attention,
@@ -49,6 +50,7 @@ BENCHES = {
     "merge": merge,
     "ragged_prefix_mlp": ragged_prefix_mlp,
     "sparse_decode_attention": sparse_decode_attention,
+    "autotune": autotune,
 }
 
 __all__ = ["BENCHES"]

@@ -9,6 +9,7 @@ python -m experiments.bench mrt5 --batch=1 --length=512 --out=results/bench/mrt5
 python -m experiments.bench generate --batch=1,8 --length=1024 --max-length=64 --deleted=0.5
 python -m experiments.bench skipdecode --batch=1,8 --speedup=2,3
 python -m experiments.bench sink_window --batch=8 --length=8192 --window=512
+python -m experiments.bench autotune --op=ragged_prefix_mlp
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from etils import epath
 
@@ -45,6 +47,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"name a benchmark: {', '.join(BENCHES)}; or --list")
     facts = {"versions": {k: v for k, v in versions().items() if k in ("python", "jax", "jaxlib")}}
     facts["revision"] = git_revision()
+    try:
+        _print_rows(options, facts)
+    except (ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print_rows(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     for row in BENCHES[options.name].rows(options):
         line = json.dumps({"name": options.name, **row, **facts})
         print(line, flush=True)
@@ -53,7 +64,6 @@ def main(argv: list[str] | None = None) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(line + "\n")
-    return 0
 
 
 if __name__ == "__main__":

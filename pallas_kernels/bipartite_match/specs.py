@@ -19,6 +19,7 @@ class Spec:
 NAMED = {
     "vit_large_197": Spec(64, 197, 64),
     "vit_large_577": Spec(32, 577, 64),
+    "vit_large_1025": Spec(16, 1025, 64),
     "vit_base_197_float32": Spec(8, 197, 64, "float32"),
     "video_12544": Spec(1, 12544, 64),
 }

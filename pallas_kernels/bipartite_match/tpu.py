@@ -11,6 +11,7 @@ Shapes: B batch, A left rows, K right rows, C channels, S statistics a row.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from pallas_kernels.bipartite_match import reference
 
 # Similarities of a block in float32 are 1 MiB: large enough to hide a step's fixed cost, far below the on-chip memory.
 _BLOCK = 512
+# Right rows of a product, so that its result stays in registers until the running best has met it.
+_ROWS = 128
 _NONE = 2**30
 
 
@@ -33,15 +36,20 @@ def bipartite_match(
     *,
     metric: str,
     statistic: str,
-    block: int = _BLOCK,
+    block: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B A S"], Int[Array, "B A S"]]:
-    """The statistic, `block` by `block` similarities at a time."""
+    """The statistic, `block` (`_BLOCK` when None) by `block` similarities at a time."""
+    block = block or _BLOCK
     (batch, rows, channels), columns = left.shape, right.shape[1]
     _check(left, right, block)
-    left_block, right_block = min(block, rows), min(block, columns)
+    # A few more left rows make no block of their own.
+    left_block = rows if rows <= block + block // 4 else block
+    right_block = min(block, -(-columns // 8) * 8)
     group = _group(batch, max(left_block, right_block), block)
     kept = 2 if statistic == "best_two" else 1
+    # Rows beyond the array are similar to nothing.
+    bias = jnp.pad(bias, ((0, 0), (0, -columns % right_block)), constant_values=-jnp.inf)
     grid = (batch // group, pl.cdiv(rows, left_block), pl.cdiv(columns, right_block))
     shape = (batch, kept, rows)
     kernel = functools.partial(_kernel, columns=columns, metric=metric, statistic=statistic)
@@ -76,20 +84,21 @@ def _group(batch: int, rows: int, block: int) -> int:
     return max(count for count in range(1, max(block // rows, 1) + 1) if batch % count == 0)
 
 
-def _similarities(left: Array, right: Array, bias: Float[Array, "1 K"], metric: str) -> Float[Array, "K A"]:
-    """All similarities of two blocks, right rows down."""
-    product = _product(right, left)
-    bias = jnp.broadcast_to(bias, (8, bias.shape[1])).T[:, :1]
+def _similarities(
+    left: Array, right: Array, bias: Float[Array, "1 K"], metric: str
+) -> Callable[[slice], Float[Array, "k A"]]:
+    """Similarities of the right rows of a slice, down, with all left rows, across."""
+    add = jnp.broadcast_to(bias, (8, bias.shape[1])).T[:, :1]
     if metric == "dot":
-        return product + bias
-    left_square, right_square = (
-        jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=1, keepdims=True) for rows in (left, right)
-    )
-    left_square = jnp.broadcast_to(left_square, (left.shape[0], 128)).T[:1]
+        return lambda rows: _product(right[rows], left) + add[rows]
+    left_squares, right_squares = (jnp.square(rows.astype(jnp.float32)) for rows in (left, right))
+    # The product sums across and turns the sums at once.
+    left_square = _product(jnp.ones((8, left.shape[1])), left_squares)[:1]
+    right_square = jnp.sum(right_squares, axis=1, keepdims=True)
     if metric == "distance":
-        return 2 * product + (bias - right_square) - left_square
-    factors = [jax.lax.rsqrt(jnp.maximum(square, reference.TINY)) for square in (left_square, right_square)]
-    return product * (factors[0] * factors[1]) + bias
+        return lambda rows: 2 * _product(right[rows], left) + (add - right_square)[rows] - left_square
+    across, down = (jax.lax.rsqrt(jnp.maximum(square, reference.TINY)) for square in (left_square, right_square))
+    return lambda rows: _product(right[rows], left) * down[rows] * across + add[rows]
 
 
 def _check(left: Array, right: Array, block: int) -> None:
@@ -116,9 +125,16 @@ def _kernel(left_ref, right_ref, bias_ref, value_ref, index_ref, *, columns, met
         index_ref[...] = jnp.zeros(index_ref.shape, jnp.int32)
 
     for one in range(left_ref.shape[0]):
-        scores = _similarities(left_ref[one], right_ref[one], bias_ref[one], metric)
+        similarities = _similarities(left_ref[one], right_ref[one], bias_ref[one], metric)
+        if statistic == "best":
+            value, index = _running_best(similarities, right_ref.shape[1], left_ref.shape[1])
+            # Strictly better, so that the lower index wins ties.
+            better = value > value_ref[one]
+            index_ref[one] = jnp.where(better, start + index, index_ref[one])
+            value_ref[one] = jnp.where(better, value, value_ref[one])
+            continue
+        scores = similarities(slice(None))
         place = start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-        # What lies beyond the array may be anything.
         scores = jnp.where(place < columns, scores, -jnp.inf)
         if statistic == "sum":
             finite = jnp.where(scores == -jnp.inf, 0.0, scores)
@@ -126,12 +142,6 @@ def _kernel(left_ref, right_ref, bias_ref, value_ref, index_ref, *, columns, met
             continue
         value, index = _best(scores, place)
         old_value, old_index = value_ref[one], index_ref[one]
-        if statistic == "best":
-            # Strictly better, so that the lower index wins ties.
-            better = value > old_value
-            value_ref[one] = jnp.where(better, value, old_value)
-            index_ref[one] = jnp.where(better, index, old_index)
-            continue
         second, second_index = _best(jnp.where(place == index, -jnp.inf, scores), place)
         better = value > old_value[:1]
         # The loser of the first places stands against the second of the winner's side.
@@ -142,6 +152,20 @@ def _kernel(left_ref, right_ref, bias_ref, value_ref, index_ref, *, columns, met
         mated = (mate[0] > rival[0]) | ((mate[0] == rival[0]) & ~better)
         value_ref[one] = jnp.concatenate([first[0], jnp.where(mated, mate[0], rival[0])], axis=0)
         index_ref[one] = jnp.concatenate([first[1], jnp.where(mated, mate[1], rival[1])], axis=0)
+
+
+def _running_best(similarities: Callable[[slice], Array], rows: int, lanes: int) -> tuple[Array, Array]:
+    """The largest of each column and the first place where it stands, eight rows of registers beside each other."""
+    value = jnp.full((8, lanes), -jnp.inf, jnp.float32)
+    first = jnp.zeros((8, lanes), jnp.int32)
+    for start in range(0, rows, _ROWS):
+        scores = similarities(slice(start, min(start + _ROWS, rows)))
+        for row in range(0, scores.shape[0], 8):
+            # False for nan.
+            better = scores[row : row + 8] > value
+            value = jnp.where(better, scores[row : row + 8], value)
+            first = jnp.where(better, start + row, first)
+    return _best(value, first + jax.lax.broadcasted_iota(jnp.int32, first.shape, 0))
 
 
 def _best(scores: Array, place: Array) -> tuple[Array, Array]:

@@ -39,6 +39,7 @@ def merge(
     slots: int,
     *,
     odd_last: bool = False,
+    in_order: bool = False,
     implementation: str | None = None,
 ) -> Array:
     """`out[m] = sum over assign[n] = m of weight[n] values[n]`, `[B, M, ...]` in the dtype of `values`, summed in float32.
@@ -50,8 +51,9 @@ def merge(
       assign: `[B, N]` slot that each token joins, in 0..M-1; -1 when it joins none.
       weight: `[B, N]` its coefficient there.
       slots: M.
-      odd_last: a promise that every odd token heads a slot, in order, and that those are the last slots; a kernel may then
-        do half of the work.
+      odd_last: a promise that every odd token heads a slot, in order, that those are the last slots, and that each slot before
+        them is one even token's own; a kernel then does a part of the work.
+      in_order: with `odd_last`, a further promise that the even tokens of those slots stand in their order.
       implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. On a GPU "xla" adds in
         no fixed order, so that slots of three tokens or more may differ in the last bit between runs.
 
@@ -66,7 +68,7 @@ def merge(
     if slots < 1:
         raise ValueError(f"there must be at least one slot; got {slots}")
     flat = values.reshape(*assign.shape, -1)
-    out = _merge(flat, assign, weight.astype(jnp.float32), (slots, odd_last, implementation))
+    out = _merge(flat, assign, weight.astype(jnp.float32), (slots, odd_last, in_order, implementation))
     return out.reshape(out.shape[:2] + values.shape[2:])
 
 
@@ -83,8 +85,8 @@ def restore(values: Array, assign: Int[Array, "B N"], *, implementation: str | N
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _merge(values, assign, weight, static):
-    slots, odd_last, implementation = static
-    options = {"slots": slots, "odd_last": odd_last}
+    slots, odd_last, in_order, implementation = static
+    options = {"slots": slots, "odd_last": odd_last, "in_order": in_order}
     return dispatch.call("merge", _MERGE, implementation, values, assign, weight, **options)
 
 
@@ -114,7 +116,7 @@ def _restore_forward(values, assign, implementation):
 
 def _restore_backward(implementation, saved, moved):
     assign, slots = saved
-    gradient = _merge(moved, assign, jnp.ones(assign.shape, jnp.float32), (slots, False, implementation))
+    gradient = _merge(moved, assign, jnp.ones(assign.shape, jnp.float32), (slots, False, False, implementation))
     return gradient, np.zeros(assign.shape, jax.dtypes.float0)
 
 

@@ -31,10 +31,11 @@ def merge(
     *,
     slots: int,
     odd_last: bool = False,
+    in_order: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "B M D"]:
-    """Every slot sums its tokens, in float32 and in their order, so that `odd_last` saves nothing."""
-    del odd_last
+    """Every slot sums its tokens, in float32 and in their order, so that `odd_last` and `in_order` save nothing."""
+    del odd_last, in_order
     # Tokens that join no slot stand behind all others.
     place = jnp.where(assign >= 0, assign, slots)
     order = jnp.argsort(place, axis=1, stable=True).astype(jnp.int32)

@@ -33,14 +33,15 @@ def merge(
     *,
     slots: int,
     odd_last: bool = False,
+    in_order: bool = False,
     tile: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B M D"]:
     """Weighted sums of the rows that join each slot; `tile` rows a step (all of a short sequence when None)."""
     if values.shape[2] <= tpu_narrow.WIDEST:
         return tpu_narrow.merge(values, assign, weight, slots=slots, interpret=interpret)
-    if odd_last and tpu_pairs.takes(values, slots):
-        return tpu_pairs.merge(values, assign, weight, slots=slots, interpret=interpret)
+    if odd_last and tpu_pairs.takes(values, slots, in_order):
+        return tpu_pairs.merge(values, assign, weight, slots=slots, in_order=in_order, interpret=interpret)
     return _multiply(values, assign, weight, slots, True, tile, interpret)
 
 

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int
 WIDEST = 7
 _LONGEST = 1280
 _GROUP = 8
+# Tokens above which they lie down in the matrix.
+_DOWN = 256
 
 
 def merge(
@@ -59,17 +61,23 @@ def merge(
 
 
 def _kernel(rows_ref, out_ref, *, width):
-    slot = jax.lax.broadcasted_iota(jnp.int32, (out_ref.shape[2], rows_ref.shape[2]), 0).astype(jnp.float32)
+    length, slots = rows_ref.shape[2], out_ref.shape[2]
+    # A product takes longer to load a matrix that it must turn, and it takes a while to turn the slots of tokens instead.
+    down = length > _DOWN
+    shape = (length, slots) if down else (slots, length)
+    slot = jax.lax.broadcasted_iota(jnp.int32, shape, int(down)).astype(jnp.float32)
+    assign = rows_ref[:, 0].T if down else None
     for one in range(rows_ref.shape[0]):
         rows = rows_ref[one]
-        joins = jnp.where(slot == rows[:1], 1.0, 0.0).astype(jnp.bfloat16)
+        own = assign[:, one : one + 1] if down else rows[:1]
+        joins = jnp.where(slot == own, 1.0, 0.0).astype(jnp.bfloat16)
         parts, left = [], rows
         for _ in range(3):
             parts.append(left.astype(jnp.bfloat16))
             left = left - parts[-1].astype(jnp.float32)
         # Eight rows of each part, the slots among them, which are not used.
-        sums = jax.lax.dot_general(
-            jnp.concatenate(parts, axis=0), joins, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        contract = (((1,), (0 if down else 1,)), ((), ()))
+        pieces = jnp.concatenate(parts, axis=0)
+        sums = jax.lax.dot_general(pieces, joins, contract, preferred_element_type=jnp.float32)
         total = sums[:8] + (sums[8:16] + sums[16:])
         out_ref[one] = total[1 : 1 + width]

@@ -22,10 +22,11 @@ def merge(
     *,
     slots: int,
     odd_last: bool = False,
+    in_order: bool = False,
 ) -> Float[Array, "B M D"]:
     """Every token is added to its slot: N D multiply-adds, where the product with the matrix takes M N D.
 
-    `odd_last` saves nothing here.
+    Neither `odd_last` nor `in_order` saves anything here.
     """
     product = functools.partial(reference.merge, slots=slots)
     segments = functools.partial(_segments, slots=slots)

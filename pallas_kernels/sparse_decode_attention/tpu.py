@@ -11,7 +11,9 @@ Shapes: B batch, G key heads, R rows that share keys, d head width, P pages, S s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import vmem
 from pallas_kernels.sparse_decode_attention import reference, xla
 
-# Slots a block: at 128 x 2 bytes, keys and values are 1 MiB, a copy long enough to hide its latency and a block's fixed work.
-_SLOTS = 2048
+# Keys of a block: a copy long enough to hide its latency and a block's fixed work, twice for values, twice for the next block.
+BLOCK_BYTES = 2**20
+# Slots whose values are cleared at a time, as much as a list ends in.
+_CLEARED = 256
 # Pages whose copies are started and waited for without a loop.
-_RUN = 8
+_RUN = 32
 
 
 def sparse_decode_attention(
@@ -45,7 +49,7 @@ def sparse_decode_attention(
     stacked = xla.stack(query, groups)
     batch, _, rows, _ = stacked.shape
     heads, listed = pages.shape[1], pages.shape[2]
-    many = block_pages(slots, listed)
+    many = block_pages(slots, width, key_pages.dtype, listed)
     _check(query, key_pages, pages, rows, many)
     fixed = [stacked, *(jnp.broadcast_to(state, (batch, groups, rows, 1)) for state in xla.start(sinks, stacked.shape))]
     if bias is not None:
@@ -58,7 +62,9 @@ def sparse_decode_attention(
     def row(shape):
         return pl.BlockSpec((1, *shape[1:]), lambda b, *_: (b, 0, 0, 0))
 
-    kernel = functools.partial(_kernel, heads=heads, listed=listed, many=many, scale=scale, biased=bias is not None)
+    lists = _Lists(heads, groups, listed, many, slots, key_pages.shape[-3])
+    kernel = functools.partial(_kernel, lists=lists, scale=scale, biased=bias is not None)
+    pools = [pool.reshape(-1, slots, width) for pool in (key_pages, value_pages)]
     buffer = pltpu.VMEM((2, many * slots, width), key_pages.dtype)
     out, lse = pl.pallas_call(
         kernel,
@@ -78,13 +84,20 @@ def sparse_decode_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), disable_bounds_checks=True),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="sparse_decode_attention",
-    )(pages.reshape(-1), lengths.reshape(-1), *fixed, key_pages, value_pages)
+    )(_places(pages, key_pages).reshape(-1), lengths.reshape(-1), *fixed, *pools)
     return xla.unstack(out, query.shape), xla.unstack(lse, (*query.shape[:3], 1))[..., 0]
 
 
-def block_pages(slots: int, listed: int) -> int:
-    """Pages a block: about `_SLOTS` slots' worth, so that the blocks of a full list are alike."""
-    return pl.cdiv(listed, pl.cdiv(listed, max(_SLOTS // slots, 1)))
+def block_pages(slots: int, width: int, dtype: Any, listed: int) -> int:
+    """Pages a block: about `BLOCK_BYTES` of keys, so that the blocks of a full list are alike."""
+    return pl.cdiv(listed, pl.cdiv(listed, max(BLOCK_BYTES // vmem.size((slots, width), dtype), 1)))
+
+
+def _places(pages: Int[Array, "B g L"], pool: Array) -> Int[Array, "B g L"]:
+    """Pages by their place in the whole cache, as every operation on scalars counts; that of key head 0 for shared lists."""
+    groups, there = pool.shape[-4:-2]
+    rows = jnp.arange(pages.shape[0])[:, None, None] * groups if pool.ndim == 5 else 0
+    return pages + there * (rows + jnp.arange(pages.shape[1])[:, None])
 
 
 def _check(query: Array, key_pages: Array, pages: Array, rows: int, many: int) -> None:
@@ -114,106 +127,31 @@ def _check(query: Array, key_pages: Array, pages: Array, rows: int, many: int) -
     vmem.check("sparse_decode_attention", blocks + scores + own, "use smaller pages or fewer query rows")
 
 
-def _kernel(pages_ref, lengths_ref, query_ref, peak_ref, total_ref, *refs, heads, listed, many, scale, biased):
+def _kernel(pages_ref, lengths_ref, query_ref, peak_ref, total_ref, *refs, lists, scale, biased):
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
-    key_pages, value_pages, out_ref, lse_ref, key_buffer, value_buffer, arrived, turn = refs
+    *pools, out_ref, lse_ref, key_buffer, value_buffer, arrived, turn = refs
     row, groups = pl.program_id(0), query_ref.shape[1]
-    slots = key_buffer.shape[1] // many
-
-    def own(b, g):
-        return b * heads + (g if heads > 1 else 0)
-
-    def blocks(b, g):
-        # An empty list has one block without a page.
-        return jnp.maximum(pl.cdiv(lengths_ref[own(b, g)], many * slots), 1)
-
-    def copies(b, g, place, buffer, page):
-        """Of the keys and the values of a page of a block."""
-        number = pages_ref[own(b, g) * listed + place * many + page]
-        source = (b, g, number) if len(key_pages.shape) == 5 else (g, number)
-        target = (buffer, pl.ds(pl.multiple_of(page * slots, slots), slots))
-        return [
-            pltpu.make_async_copy(pool.at[source], held.at[target], arrived.at[kind, buffer])
-            for kind, (pool, held) in enumerate(((key_pages, key_buffer), (value_pages, value_buffer)))
-        ]
-
-    def for_pages(b, g, place, work, several):
-        """`several(first, end)` for runs of pages of a block, `work(page)` for those of a run that is cut short."""
-        count = pl.cdiv(lengths_ref[own(b, g)], slots) - place * many
-        for first in range(0, many, _RUN):
-            end = min(first + _RUN, many)
-            pl.when(count >= end)(functools.partial(several, first, end))
-
-            @pl.when((count > first) & (count < end))
-            def _(first=first):
-                jax.lax.fori_loop(first, count, lambda page, _: work(page), None)
-
-    def start(b, g, place, buffer):
-        def work(page):
-            for copy in copies(b, g, place, buffer, page):
-                copy.start()
-
-        def several(first, end):
-            for page in range(first, end):
-                work(page)
-
-        for_pages(b, g, place, work, several)
-
-    def wait(b, g, place, buffer):
-        def work(page):
-            for copy in copies(b, g, place, buffer, page):
-                copy.wait()
-
-        def several(first, end):
-            # A semaphore counts bytes, so that a run is waited for in one piece.
-            run = pl.ds(first * slots, (end - first) * slots)
-            for kind, held in enumerate((key_buffer, value_buffer)):
-                pltpu.make_async_copy(held.at[buffer, run], held.at[buffer, run], arrived.at[kind, buffer]).wait()
-
-        for_pages(b, g, place, work, several)
+    copies = _Copies(lists, pages_ref, lengths_ref, tuple(pools), (key_buffer, value_buffer), arrived)
 
     @pl.when(row == 0)
     def _():
         turn[0] = 0
-        start(0, 0, 0, 0)
+        copies.start(0, 0, 0, 0)
 
     def one_list(g, _):
-        length, last = lengths_ref[own(row, g)], blocks(row, g) - 1
+        length, last = copies.length(row, g), copies.blocks(row, g) - 1
 
         def block(place, state):
-            peak, total, sums = state
             buffer = turn[0]
             turn[0] = 1 - buffer
-            ended = place == last
-            after = jnp.where(ended, g + 1, g)
-            b, g_next = jnp.where(after == groups, row + 1, row), jnp.where(after == groups, 0, after)
-
-            @pl.when(b < pl.num_programs(0))
-            def _():
-                start(b, g_next, jnp.where(ended, 0, place + 1), 1 - buffer)
-
-            wait(row, g, place, buffer)
-            first = place * many * slots
-
-            @pl.when(first + many * slots > length)
-            def _():
-                # The end of the last page, and what no page was copied to, may hold anything, nan too, and 0 * nan is nan.
-                values = value_buffer[buffer]
-                real = first + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < length
-                value_buffer[buffer] = jnp.where(real, values.astype(jnp.float32), 0.0).astype(values.dtype)
-
-            logits = _dot(query_ref[0, g], key_buffer[buffer], 1) * scale
-            if biased:
-                logits += bias_ref[0, g, pl.ds(place, 1), :]
-            live = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) < length
-            logits = jnp.where(live, logits, -jnp.inf)
-            new_peak = jnp.maximum(peak, jnp.max(logits, axis=1, keepdims=True))
-            # Without any key so far the peak is -inf, and -inf less -inf is nan.
-            safe = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-            weights, kept = jnp.exp(logits - safe), jnp.exp(peak - safe)
-            values = value_buffer[buffer]
-            total = total * kept + jnp.sum(weights, axis=1, keepdims=True)
-            return new_peak, total, sums * kept + _dot(weights.astype(values.dtype), values, 0)
+            _start_next(copies, row, g, place, last, 1 - buffer)
+            copies.wait(row, g, place, buffer)
+            first = place * lists.block
+            _clear_end(value_buffer, buffer, length - first, lists)
+            bias = bias_ref[0, g, pl.ds(place, 1), :] if biased else None
+            return _attend(
+                state, query_ref[0, g], key_buffer[buffer], value_buffer[buffer], bias, length - first, scale
+            )
 
         state = (peak_ref[0, g], total_ref[0, g], jnp.zeros(query_ref.shape[2:], jnp.float32))
         peak, total, sums = jax.lax.fori_loop(0, last + 1, block, state)
@@ -223,6 +161,145 @@ def _kernel(pages_ref, lengths_ref, query_ref, peak_ref, total_ref, *refs, heads
         lse_ref[0, g] = jnp.where(some, peak + jnp.log(safe), -jnp.inf)
 
     jax.lax.fori_loop(0, groups, one_list, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lists:
+    """Sizes of lists.
+
+    Attributes:
+      heads: lists of a sequence, one for each key head or one for all. groups: key heads. listed: pages of a list.
+      many: pages of a block. slots: of a page. there: pages of a key head in the cache.
+    """
+
+    heads: int
+    groups: int
+    listed: int
+    many: int
+    slots: int
+    there: int
+
+    @property
+    def block(self) -> int:
+        """Slots of a block."""
+        return self.many * self.slots
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copies:
+    """Copies of listed pages into on-chip memory, one of two buffers at a time.
+
+    Sequence `b`, key head `g` and block `place` of its list say which pages.
+    """
+
+    lists: _Lists
+    pages: Any
+    lengths: Any
+    pools: tuple[Any, Any]
+    buffers: tuple[Any, Any]
+    arrived: Any
+
+    def _list(self, b, g):
+        return b * self.lists.heads + (g if self.lists.heads > 1 else 0)
+
+    def length(self, b, g):
+        """Tokens listed."""
+        return self.lengths[self._list(b, g)]
+
+    def blocks(self, b, g):
+        """Blocks of a list: an empty one has one without a page."""
+        return jnp.maximum(pl.cdiv(self.length(b, g), self.lists.block), 1)
+
+    def start(self, b, g, place, buffer):
+        """Starts all copies of a block."""
+        first = self._list(b, g) * self.lists.listed + place * self.lists.many
+
+        def one(page):
+            number = self.pages[first + page]
+            if self.lists.heads == 1:
+                number += g * self.lists.there
+            target = pl.ds(page * self.lists.slots, self.lists.slots)
+            for kind in range(2):
+                held = self.buffers[kind].at[buffer, target]
+                pltpu.make_async_copy(self.pools[kind].at[number], held, self.arrived.at[kind, buffer]).start()
+
+        def several(begin, end):
+            for page in range(begin, end):
+                one(page)
+
+        self._for_pages(b, g, place, one, several)
+
+    def wait(self, b, g, place, buffer):
+        """Waits for all copies of a block."""
+
+        def pages(begin, count):
+            # A semaphore counts bytes, so that several pages are waited for in one piece.
+            piece = pl.ds(begin * self.lists.slots, count * self.lists.slots)
+            for kind, held in enumerate(self.buffers):
+                pltpu.make_async_copy(
+                    held.at[buffer, piece], held.at[buffer, piece], self.arrived.at[kind, buffer]
+                ).wait()
+
+        self._for_pages(b, g, place, lambda page: pages(page, 1), lambda begin, end: pages(begin, end - begin))
+
+    def _for_pages(self, b, g, place, one, several):
+        """`several(begin, end)` for runs of pages of a block, `one(page)` for those of a run that is cut short."""
+        count = pl.cdiv(self.length(b, g), self.lists.slots) - place * self.lists.many
+        for begin in range(0, self.lists.many, _RUN):
+            end = min(begin + _RUN, self.lists.many)
+            pl.when(count >= end)(functools.partial(several, begin, end))
+
+            @pl.when((count > begin) & (count < end))
+            def _(begin=begin):
+                jax.lax.fori_loop(begin, count, lambda page, _: one(page), None)
+
+
+def _start_next(copies, row, g, place, last, buffer):
+    """Starts the copies of the block after this one, which may be the next key head's or the next sequence's."""
+    ended = place == last
+    after = jnp.where(ended, g + 1, g)
+    over = after == copies.lists.groups
+    b, g = jnp.where(over, row + 1, row), jnp.where(over, 0, after)
+
+    @pl.when(b < pl.num_programs(0))
+    def _():
+        copies.start(b, g, jnp.where(ended, 0, place + 1), buffer)
+
+
+def _clear_end(value_buffer, buffer, live, lists):
+    """Zeros for values past the `live` ones of a block, some pages at a time."""
+    pages = max(
+        count
+        for count in range(1, lists.many + 1)
+        if lists.many % count == 0 and count <= max(_CLEARED // lists.slots, 1)
+    )
+    piece = pages * lists.slots
+
+    def clear(index, _):
+        # The end of the last page, and what no page was copied to, may hold anything, nan too, and 0 * nan is nan.
+        start = pl.multiple_of(index * piece, piece)
+        values = value_buffer[buffer, pl.ds(start, piece)]
+        real = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < live
+        value_buffer[buffer, pl.ds(start, piece)] = jnp.where(real, values.astype(jnp.float32), 0.0).astype(
+            values.dtype
+        )
+
+    jax.lax.fori_loop(live // piece, lists.many // pages, clear, None)
+
+
+def _attend(state, query, keys, values, bias, live, scale):
+    """Peak, total and sums of an online softmax after one more block, of which `live` slots count."""
+    peak, total, sums = state
+    logits = _dot(query, keys, 1) * scale
+    if bias is not None:
+        logits += bias
+    logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) < live, logits, -jnp.inf)
+    new_peak = jnp.maximum(peak, jnp.max(logits, axis=1, keepdims=True))
+    # Without any key so far the peak is -inf, and -inf less -inf is nan.
+    safe = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+    weights, kept = jnp.exp(logits - safe), jnp.exp(peak - safe)
+    total = total * kept + jnp.sum(weights, axis=1, keepdims=True)
+    return new_peak, total, sums * kept + _dot(weights.astype(values.dtype), values, 0)
 
 
 def _dot(left: Array, right: Array, contract: int) -> Array:

@@ -9,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from etils import epath
 
 from experiments.aot import __main__ as aot
 from experiments.aot import compiler, kernels
@@ -81,6 +82,23 @@ def test_what_it_cannot_do_is_said(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(compiler, "prepare", lambda dump: None)
     assert aot.main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_rows_are_kept_as_they_come_in_place_of_older_ones_of_their_chips(tmp_path):
+    path = epath.Path(tmp_path) / "merge.json"
+    older = [{"shape": shape, "part": "merge", "chip": chip, "us": 1} for shape in "abx" for chip in ("v5e", "v6e")]
+    path.write_text(json.dumps(older))
+    made = [{"shape": shape, "part": "merge", "chip": "v5e", "us": 2} for shape in "ab"]
+
+    def us():
+        return {(row["shape"], row["chip"]): row["us"] for row in json.loads(path.read_text())}
+
+    rows = aot.kept(iter(made), path, ("v5e",))
+    assert next(rows) == made[0]
+    # What is cut off here has lost nothing.
+    assert us() == {(row["shape"], row["chip"]): 1 for row in older} | {("a", "v5e"): 2}
+    assert list(rows) == made[1:]
+    assert us() == {("a", "v5e"): 2, ("b", "v5e"): 2, ("a", "v6e"): 1, ("b", "v6e"): 1, ("x", "v6e"): 1}
 
 
 def test_without_the_compiler_it_says_what_to_install(capsys, monkeypatch):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times by regions: how often each part of a schedule counts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,15 @@ def test_the_first_and_last_steps_of_a_row_count_once_a_row():
     one, total = points.splash_cycles(program(step, 18), 4)
     assert one == 7 + 10 + 100 + (30 + 50) / 4
     assert total == 16 * one
+
+
+def test_a_kernel_of_a_layer_counts_its_steps_and_the_split_of_tables_once_for_several_sequences():
+    step = Region("if", 100 + 40, None, 0, (Region("if", 40, None, 0),))
+    plain = program(step, 18)
+    # Twenty bundles around the grid, seven of bookkeeping in each of its passes.
+    assert points._cycles(plain, 16) == 20 + 18 * 7 + 16 * 140
+    pairs = dataclasses.replace(plain, name="merge_pairs.1")
+    assert points._cycles(pairs, 16) == 20 + 18 * 7 + 16 * 100 + 2 * 40
 
 
 def tile(blocks, causal):

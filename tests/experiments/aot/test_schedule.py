@@ -81,3 +81,11 @@ def test_a_folder_gives_the_programs_whose_listings_are_whole(tmp_path):
             (tmp_path / f"17-{name}-{number:02}-{label}.txt").write_text(text)
     (program,) = schedule.read(tmp_path)
     assert program.name == "kernel.1" and program.plain_regions()[0]["inside"][0]["bundles"] == 6
+
+
+def test_the_grid_may_stand_in_a_condition():
+    loop = schedule.Region("loop", 9, 4, 0, (schedule.Region("if", 5, None, 0),))
+    program = schedule.Program("kernel.1", 20, 0, 0, (schedule.Region("if", 12, None, 0, (loop,)),))
+    assert program.grid == loop and program.step.bundles == 5
+    with pytest.raises(ValueError, match="no loop over grid steps"):
+        _ = schedule.Program("kernel.1", 20, 0, 0, (schedule.Region("if", 12, None, 0),)).grid

@@ -110,6 +110,7 @@ class TestImplementation:
 @example(removed=np.arange(RIGHT)[None] > np.array([[8], [3]]))
 def test_running_over_blocks_changes_nothing(statistic, removed):
     left, right = rows(coarse=True)
+    left = jnp.concatenate([left, -left], axis=1)
     bias = np.where(removed, -np.inf, 0).astype(np.float32)
     whole = runner("xla", "dot", statistic)(left, right, bias)
     for blocked in (blocked_kernel(statistic), blocked_loop(statistic)):
@@ -119,7 +120,7 @@ def test_running_over_blocks_changes_nothing(statistic, removed):
 
 @functools.cache
 def blocked_kernel(statistic):
-    options = {"metric": "dot", "statistic": statistic, "block": 4, "interpret": True}
+    options = {"metric": "dot", "statistic": statistic, "block": 8, "interpret": True}
     return jax.jit(functools.partial(tpu.bipartite_match, **options))
 
 

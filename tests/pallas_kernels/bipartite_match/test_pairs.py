@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.bipartite_match import pair_up
+from pallas_kernels.bipartite_match import pair_up, pairs_tpu
 from tests.pallas_kernels import tpu_compiler
 
 IMPLEMENTATIONS = ("xla", "interpret")
@@ -104,9 +104,33 @@ def test_what_does_not_fit_is_refused():
         )
 
 
+@pytest.mark.parametrize(
+    ("batch", "even", "parts", "chunk"),
+    [(16, 513, 8, 72), (32, 289, 4, 80), (3, 7, 1, 8), (1, 600, 16, 40), (200, 99, 1, 104)],
+)
+def test_copies_of_few_sequences_fill_the_lanes(batch, even, parts, chunk):
+    lanes = pairs_tpu._Lanes.plan(batch, even)
+    assert (lanes.parts, lanes.chunk, lanes.group) == (parts, chunk, 128 // parts)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_sequences_of_several_steps_do_not_mix(implementation):
+    rng = np.random.default_rng(0)
+    similarity, mass = rng.normal(size=(130, 9)).astype(np.float32), np.ones((130, 18), np.float32)
+    partner = rng.integers(0, 9, (130, 9)).astype(np.int32)
+    got = run(similarity, partner, mass, removed=3, threshold=None, ordered=True, implementation=implementation)
+    for row in (0, 127, 128, 129):
+        heads, assign, weight = loop(similarity[row], partner[row], mass[row], 3, None, True)
+        np.testing.assert_array_equal(got.heads[row], heads)
+        np.testing.assert_array_equal(got.assign[row], assign)
+        np.testing.assert_allclose(got.weight[row], weight, rtol=1e-6)
+
+
 @pytest.mark.parametrize("chip", tpu_compiler.CHIPS)
-def test_it_compiles_for_every_tpu(chip):
-    kinds = [((32, 289), jnp.float32), ((32, 289), jnp.int32), ((32, 577), jnp.float32)]
-    options = {"removed": 8, "ordered": True, "implementation": "tpu"}
+@pytest.mark.parametrize(("batch", "length", "ordered"), [(32, 577, True), (16, 1025, True), (3, 50, False)])
+def test_it_compiles_for_every_tpu(chip, batch, length, ordered):
+    even = -(-length // 2)
+    kinds = [((batch, even), jnp.float32), ((batch, even), jnp.int32), ((batch, length), jnp.float32)]
+    options = {"removed": 8, "ordered": ordered, "implementation": "tpu"}
     arrays = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     assert tpu_compiler.kernels(chip, functools.partial(pair_up, **options), *arrays) == 1

@@ -95,21 +95,22 @@ class TestImplementation:
         )
 
 
-@pytest.mark.parametrize("width", [1, 3, 7])
-def test_a_few_numbers_a_token_are_summed_in_float32(width):
+@pytest.mark.parametrize(("width", "length"), [(1, LENGTH), (3, LENGTH), (7, LENGTH), (2, 300)])
+def test_a_few_numbers_a_token_are_summed_in_float32(width, length):
     rng = np.random.default_rng(width)
     # Numbers that bfloat16 would round, and far apart.
     values = jnp.asarray(
-        rng.normal(size=(BATCH, LENGTH, width)) * 10.0 ** rng.integers(-3, 4, (1, 1, width)), jnp.float32
+        rng.normal(size=(BATCH, length, width)) * 10.0 ** rng.integers(-3, 4, (1, 1, width)), jnp.float32
     )
-    assign = jnp.asarray(rng.integers(-1, SLOTS, (BATCH, LENGTH)), jnp.int32)
-    weight = arrays()[2]
-    got = merge(values, assign, weight, SLOTS, implementation="interpret")
-    error = abs(got - loop(values, assign, weight, SLOTS)) / np.max(abs(values), axis=(0, 1))
+    slots = length // 2
+    assign = jnp.asarray(rng.integers(-1, slots, (BATCH, length)), jnp.int32)
+    weight = arrays(length=length)[2]
+    got = merge(values, assign, weight, slots, implementation="interpret")
+    error = abs(got - loop(values, assign, weight, slots)) / np.max(abs(values), axis=(0, 1))
     assert np.max(error) < 1e-6
 
 
-def odd_last(length, removed, width, seed):
+def odd_last(length, removed, width, seed, in_order):
     """Rows, slots and weights in which odd tokens head the last slots and `removed` even ones join them."""
     rng = np.random.default_rng(seed)
     even, odd = -(-length // 2), length // 2
@@ -118,18 +119,25 @@ def odd_last(length, removed, width, seed):
         order = rng.permutation(even)
         row[1::2] = even - removed + np.arange(odd)
         row[2 * order[:removed]] = even - removed + rng.integers(0, odd, removed)
-        row[2 * order[removed:]] = np.arange(even - removed)
+        stay = np.sort(order[removed:]) if in_order else order[removed:]
+        row[2 * stay] = np.arange(even - removed)
     values = jnp.asarray(rng.normal(size=(BATCH, length, width)), jnp.bfloat16)
     return values, jnp.asarray(assign), jnp.asarray(rng.random((BATCH, length)), jnp.float32), length - removed
 
 
-@pytest.mark.parametrize(("length", "removed", "width"), [(13, 3, 256), (14, 7, 128), (33, 0, 384), (16, 8, 128)])
-def test_where_odd_tokens_head_the_last_slots_half_of_the_product_is_enough(length, removed, width):
-    values, assign, weight, slots = odd_last(length, removed, width, length)
-    assert tpu_pairs.takes(values, slots)
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize(
+    ("length", "removed", "width"),
+    # The last ones have more even tokens than one product takes to odd slots, and several tiles of slots.
+    [(13, 3, 256), (14, 7, 128), (33, 0, 384), (16, 8, 128), (551, 40, 128), (550, 275, 128)],
+)
+def test_where_odd_tokens_head_the_last_slots_a_part_of_the_product_is_enough(length, removed, width, in_order):
+    values, assign, weight, slots = odd_last(length, removed, width, length, in_order)
+    assert tpu_pairs.takes(values, slots, in_order)
     want = loop(values.astype(jnp.float32), assign, weight, slots)
     size = loop(abs(values.astype(jnp.float32)), assign, weight, slots)
-    got = merge(values, assign, weight, slots, odd_last=True, implementation="interpret")
+    options = {"odd_last": True, "in_order": in_order, "implementation": "interpret"}
+    got = merge(values, assign, weight, slots, **options)
     assert got.dtype == jnp.bfloat16
     assert np.all(abs(np.asarray(got, np.float32) - want) <= 3 * 2**-9 * size)
 
@@ -198,13 +206,22 @@ def _both_ways(spec):
     return run, *(jax.ShapeDtypeStruct(*kind) for kind in kinds)
 
 
+def test_long_sequences_of_pairs_are_worked_by_blocks_of_columns():
+    shape = (1, 2049, 1024)
+    assert tpu_pairs._columns(shape, 2009, True) == 256
+    assert tpu_pairs._columns(shape, 2009, False) is None
+    assert tpu_pairs._columns((1, 1025, 1024), 985, True) == 1024
+
+
 @pytest.mark.parametrize("chip", tpu_compiler.CHIPS)
-def test_merges_of_pairs_and_of_few_numbers_compile_for_every_tpu(chip):
-    spec = specs.NAMED["vit_large_577"]
+@pytest.mark.parametrize("name", ["vit_large_577", "vit_large_1025"])
+def test_merges_of_pairs_and_of_few_numbers_compile_for_every_tpu(chip, name):
+    spec = specs.NAMED[name]
 
     def run(values, numbers, assign, weight):
         options = {"slots": spec.slots, "implementation": "tpu"}
-        return merge(values, assign, weight, odd_last=True, **options), merge(numbers, assign, weight, **options)
+        pairs = merge(values, assign, weight, odd_last=True, in_order=True, **options)
+        return pairs, merge(numbers, assign, weight, **options)
 
     shape = (spec.batch, spec.tokens)
     kinds = [((*shape, spec.width), spec.dtype), ((*shape, 3), jnp.float32), (shape, jnp.int32), (shape, jnp.float32)]

@@ -130,7 +130,10 @@ def test_the_order_of_full_pages_does_not_matter_and_repeat_runs_are_equal(imple
 
 
 def test_several_steps_and_several_blocks_change_nothing(monkeypatch):
-    monkeypatch.setattr(tpu, "_SLOTS", 2 * S)
+    # A float32 page of S slots fills registers of 8 x 128.
+    monkeypatch.setattr(tpu, "BLOCK_BYTES", 2 * S * 128 * 4)
+    monkeypatch.setattr(tpu, "_RUN", 1)
+    monkeypatch.setattr(tpu, "_CLEARED", S)
     monkeypatch.setattr(xla, "_SLOTS", 2 * S)
     monkeypatch.setattr(gpu, "_TILE", 16)
     monkeypatch.setattr(gpu, "_RUN", 20)
@@ -145,10 +148,18 @@ def test_several_steps_and_several_blocks_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("slots", "listed", "many"), [(64, 51, 26), (16, 204, 102), (128, 100, 15), (64, 3, 3), (2048, 5, 1)]
+    ("slots", "dtype", "listed", "many"),
+    [
+        (64, "bfloat16", 51, 51),
+        (64, "float32", 51, 26),
+        (16, "bfloat16", 300, 150),
+        (128, "bfloat16", 100, 25),
+        (64, "bfloat16", 3, 3),
+        (8192, "bfloat16", 5, 1),
+    ],
 )
-def test_pages_of_a_step(slots, listed, many):
-    assert tpu.block_pages(slots, listed) == many
+def test_pages_of_a_step(slots, dtype, listed, many):
+    assert tpu.block_pages(slots, 128, dtype, listed) == many
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

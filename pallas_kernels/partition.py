@@ -20,21 +20,25 @@ def by_batch(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The batch lies along all axes of the mesh that the partitioner manages, as everywhere in this codebase. Without such axes
     (a single device, or inside a `shard_map`), or where the batch does not divide, every device runs all rows.
+    Arrays may be None or trees of arrays; what is named `whole` is a tree that every device gets as it is.
     """
 
     @functools.wraps(function)
-    def call(*arrays: jax.Array, **options: Any) -> Any:
+    def call(*arrays: Any, whole: Any = None, **options: Any) -> Any:
+        own = functools.partial(function, **options)
+        run = own if whole is None else lambda *arrays: own(*arrays[:-1], whole=arrays[-1])
+        arrays = arrays if whole is None else (*arrays, whole)
         mesh = jax.sharding.get_abstract_mesh()
         automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
         devices = math.prod(mesh.shape[name] for name in automatic)
         if devices == 1:
-            return function(*arrays, **options)
+            return run(*arrays)
         divides = arrays[0].shape[0] % devices == 0
         spec = PartitionSpec(tuple(automatic)) if divides else PartitionSpec()
         # A kernel does not say over which axes its results vary.
         divided = jax.shard_map(
-            functools.partial(function, **options),
-            in_specs=spec,
+            run,
+            in_specs=spec if whole is None else (*(spec,) * (len(arrays) - 1), PartitionSpec()),
             out_specs=spec,
             axis_names=set(automatic),
             check_vma=False,

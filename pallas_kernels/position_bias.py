@@ -110,6 +110,18 @@ class PositionBias:
         """The bias of some of the queries."""
         return dataclasses.replace(self, query_positions=self.query_positions[:, rows])
 
+    def split(self, batch: int) -> tuple[tuple[Array | None, Array | None], PositionBias]:
+        """Positions that each of `batch` rows has for itself, None where rows share them; and the rest, for `joined`."""
+        own = tuple(x if x.shape[0] == batch else None for x in (self.query_positions, self.key_positions))
+        names = ("query_positions", "key_positions")
+        rest = {name: None for name, x in zip(names, own, strict=True) if x is not None}
+        return own, dataclasses.replace(self, **rest)
+
+    def joined(self, query_positions: Array | None, key_positions: Array | None) -> PositionBias:
+        """The bias that was `split`."""
+        given = {"query_positions": query_positions, "key_positions": key_positions}
+        return dataclasses.replace(self, **{name: x for name, x in given.items() if x is not None})
+
     def gradient(self, table: Float[Array, "N H"]) -> PositionBias:
         """A cotangent with the gradient of the table; positions have none."""
         table = table.astype(self.table.dtype)

@@ -9,15 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-
-from pallas_kernels import partition
 
 
 def relative_buckets(
@@ -114,6 +110,18 @@ class PositionBias:
         """The bias of some of the queries."""
         return dataclasses.replace(self, query_positions=self.query_positions[:, rows])
 
+    def split(self, batch: int) -> tuple[tuple[Array | None, Array | None], PositionBias]:
+        """Positions that each of `batch` rows has for itself, None where rows share them; and the rest, for `joined`."""
+        own = tuple(x if x.shape[0] == batch else None for x in (self.query_positions, self.key_positions))
+        names = ("query_positions", "key_positions")
+        rest = {name: None for name, x in zip(names, own, strict=True) if x is not None}
+        return own, dataclasses.replace(self, **rest)
+
+    def joined(self, query_positions: Array | None, key_positions: Array | None) -> PositionBias:
+        """The bias that was `split`."""
+        given = {"query_positions": query_positions, "key_positions": key_positions}
+        return dataclasses.replace(self, **{name: x for name, x in given.items() if x is not None})
+
     def gradient(self, table: Float[Array, "N H"]) -> PositionBias:
         """A cotangent with the gradient of the table; positions have none."""
         table = table.astype(self.table.dtype)
@@ -131,25 +139,3 @@ class PositionBias:
         )
         changes = np.flatnonzero(np.diff(buckets)) + 1
         return Steps(tuple(relative[changes].tolist()), tuple(buckets[[0, *changes]].tolist()))
-
-
-def by_batch(
-    function: Callable[..., Any], bias: PositionBias | None, *, shared: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """`function(*arrays, bias=bias)` as `partition.by_batch` runs it: the table is whole on every device, positions are not.
-
-    Without a bias it is not named, as not every function knows it.
-    """
-    if bias is None:
-        return partition.by_batch(function, shared=shared)
-
-    def call(*arrays: Any) -> Any:
-        def biased(*args: Any) -> Any:
-            *own, table, queries, keys = args
-            here = dataclasses.replace(bias, table=table, query_positions=queries, key_positions=keys)
-            return function(*own, bias=here)
-
-        divided = partition.by_batch(biased, shared=(*shared, len(arrays)))
-        return divided(*arrays, bias.table, bias.query_positions, bias.key_positions)
-
-    return call

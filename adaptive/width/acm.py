@@ -183,20 +183,19 @@ def skipping(
     rows.
     """
     run = functools.partial(_skipping, activation=activation, least=least, implementation=implementation)
-    return partition.by_batch(run, shared=(2, 3, 4))(rows, chosen, up, bias, down)
+    return partition.by_batch(run)(rows, chosen, whole=(up, bias, down))
 
 
 def _skipping(
     rows: Array,
     chosen: Array,
-    up: Array,
-    bias: Array,
-    down: Array,
     *,
+    whole: tuple[Array, Array, Array],
     activation: str,
     least: int,
     implementation: str | None,
 ) -> Array:
+    up, bias, down = whole
     used = least * up.shape[1] // chosen.shape[1]
     base = ACTIVATIONS[activation](rows @ up[:, :used] + bias[:used]) @ down[:used] if least else None
     if least == chosen.shape[1]:

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels import partition
 from pallas_kernels.biased_flash_attention import xla
 from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
-from pallas_kernels.position_bias import PositionBias, by_batch
+from pallas_kernels.position_bias import PositionBias
 
 LOG2E = 1.4426950408889634
 
@@ -67,9 +68,25 @@ class Kernels:
         self._refuse(bias)
         if value.shape != key.shape:
             raise NotImplementedError(f"values {value.shape} must be as wide as keys {key.shape}")
+        positions, whole = _split(bias, query.shape[0])
+        attended = partition.by_batch(functools.partial(self._attend, (causal, softmax, scale, interpret)))
+        return attended(query, key, value, key_bias, positions, whole=whole)
+
+    def _attend(
+        self,
+        static: tuple,
+        query: Array,
+        key: Array,
+        value: Array,
+        key_bias: Array | None,
+        positions: Any,
+        whole: PositionBias | None = None,
+    ) -> Array:
+        causal, softmax, scale, interpret = static
         index = self.all_blocks(query.shape[1], key.shape[1], causal)
-        passes = _passes(self, interpret)
-        return attend(passes, causal, scale, query, key, value, index, key_bias, _sinks(query, softmax), bias)[0]
+        bias = None if whole is None else whole.joined(*positions)
+        options = (key_bias, _sinks(query, softmax), bias)
+        return attend(_passes(self, interpret), causal, scale, query, key, value, index, *options)[0]
 
     def attention_column_stats(
         self,
@@ -92,7 +109,13 @@ class Kernels:
         """
         self._refuse(bias)
         static = (self, causal, softmax, scale, statistic, interpret)
-        return _column_stats(static, query, key, key_bias, query_weight, bias)
+
+        def stats(*arrays: Any, whole: PositionBias | None = None) -> Array:
+            *arrays, positions = arrays
+            return _column_stats(static, *arrays, None if whole is None else whole.joined(*positions))
+
+        positions, whole = _split(bias, query.shape[0])
+        return partition.by_batch(stats)(query, key, key_bias, query_weight, positions, whole=whole)
 
     def all_blocks(self, queries: int, keys: int, causal: bool) -> BlockIndex:
         """The list of all blocks, or of those up to the diagonal when `causal`, in the block sizes that suit the lengths."""
@@ -108,6 +131,10 @@ class Kernels:
                 f"a bias of all queries by all keys, {bias.shape}, has no {self.platform} kernel; key_bias and a "
                 "PositionBias have"
             )
+
+
+def _split(bias: PositionBias | None, batch: int) -> tuple[Any, PositionBias | None]:
+    return (None, None) if bias is None else bias.split(batch)
 
 
 def _sinks(query: Array, softmax: str) -> Array | None:
@@ -131,13 +158,11 @@ def _column_stats(
 ) -> Array:
     kernels, causal, softmax, scale, statistic, interpret = static
     index = kernels.all_blocks(query.shape[1], key.shape[1], causal)
+    options = dict(causal=causal, scale=scale, bias=bias, interpret=interpret)
     # The output of the first pass is not used; keys stand in for values.
-    arrays = (query, key, key, index, key_bias, _sinks(query, softmax))
-    _, lse = _passes(kernels, interpret).run("forward", *arrays, bias=bias, causal=causal, scale=scale)
+    _, lse = kernels.forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
-    options = dict(causal=causal, scale=scale, statistic=statistic, interpret=interpret)
-    columns = by_batch(functools.partial(kernels.columns, **options), bias)
-    return columns(query, key, index, key_bias, lse, query_weight)
+    return kernels.columns(query, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
 
 
 def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:

@@ -6,13 +6,15 @@ Shapes: B batch, N queries, L keys, H heads, G key heads (G divides H), d head w
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.block_sparse_attention import gpu, gpu_backward, tpu, tpu_backward, xla
 from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.index import BlockIndex
@@ -79,10 +81,34 @@ def block_sparse_attention(
     if softmax == "off_by_one":
         sinks = jnp.zeros(query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    implementations = {name: functools.partial(attend, passes) for name, passes in _PASSES.items()}
-    args = (causal, float(scale), query, key, value, index, key_bias, sinks)
+    implementations = {name: functools.partial(_attend, name, causal, float(scale)) for name in _PASSES}
+    args = (query, key, value, index, key_bias, sinks)
     out, lse = dispatch.call("block_sparse_attention", implementations, implementation, *args)
     return (out, lse) if return_lse else out
+
+
+def _attend(
+    name: str,
+    causal: bool,
+    scale: float,
+    query: Array,
+    key: Array,
+    value: Array,
+    index: BlockIndex,
+    key_bias: Array | None,
+    sinks: Array | None,
+) -> tuple[Array, Array]:
+    """One implementation, on each device for its own rows of the batch."""
+    lists = ("indices", "counts", "tile_of")
+    own = {field: getattr(index, field) for field in lists if index.indices.shape[0] == query.shape[0]}
+
+    def rows(query: Array, key: Array, value: Array, key_bias: Any, own: dict[str, Any], whole: Any) -> Any:
+        index, sinks = whole
+        index = dataclasses.replace(index, **own)
+        return attend(_PASSES[name], causal, scale, query, key, value, index, key_bias, sinks)
+
+    whole = (dataclasses.replace(index, **dict.fromkeys(own)), sinks)
+    return partition.by_batch(rows)(query, key, value, key_bias, own, whole=whole)
 
 
 def _check(

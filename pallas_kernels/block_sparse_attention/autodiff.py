@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention.index import BlockIndex
-from pallas_kernels.position_bias import PositionBias, by_batch
+from pallas_kernels.position_bias import PositionBias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +34,6 @@ class Passes:
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-
-    def run(self, which: str, *arrays: Any, bias: PositionBias | None, causal: bool, scale: float) -> Any:
-        """The "forward" or "backward" pass, each device of a mesh on its own rows of the batch; sinks are whole on all."""
-        function = functools.partial(getattr(self, which), causal=causal, scale=scale)
-        if bias is None or which == "forward":
-            return by_batch(function, bias, shared=(5,))(*arrays)
-
-        def with_own_table(*args: Any, bias: PositionBias) -> Any:
-            *grads, dtable = function(*args, bias=bias)
-            return (*grads, dtable[None])
-
-        *grads, dtables = by_batch(with_own_table, bias, shared=(5,))(*arrays)
-        return (*grads, jnp.sum(dtables, axis=0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -63,15 +50,21 @@ def attend(
     bias: PositionBias | None = None,
 ) -> tuple[Float[Array, "B N H d"], Float[Array, "B H N"]]:
     """`(out, lse)` by one implementation's forward pass, differentiated by its backward pass."""
-    return passes.run("forward", query, key, value, index, key_bias, sinks, bias=bias, causal=causal, scale=scale)
+    options = _options(causal, scale, bias)
+    return passes.forward(query, key, value, index, key_bias, sinks, **options)
+
+
+def _options(causal: bool, scale: float, bias: PositionBias | None) -> dict[str, Any]:
+    """By name; without a `bias` it is not named, as not every implementation knows it."""
+    return {"causal": causal, "scale": scale} | ({} if bias is None else {"bias": bias})
 
 
 def _forward(passes: Passes, causal: bool, scale: float, *args: Any) -> tuple[Any, Any]:
     *arrays, bias = args
-    options = {"bias": bias, "causal": causal, "scale": scale}
-    out, lse = passes.run("forward", *arrays, **options)
+    options = _options(causal, scale, bias)
+    out, lse = passes.forward(*arrays, **options)
     # What the backward pass cannot do is said here, where another implementation can still be chosen.
-    jax.eval_shape(functools.partial(passes.run, "backward", **options), *arrays, lse, lse, out)
+    jax.eval_shape(functools.partial(passes.backward, **options), *arrays, lse, lse, out)
     return (out, lse), (*args, out, lse)
 
 
@@ -82,8 +75,7 @@ def _backward(passes: Passes, causal: bool, scale: float, residuals: Any, cotang
     delta = jnp.einsum("bnhd,bnhd->bhn", dout, out, preferred_element_type=jnp.float32) - dlse
     # A row with nothing in it has no weights, whatever stands here.
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    options = {"bias": bias, "causal": causal, "scale": scale}
-    dquery, dkey, dvalue, dkey_bias, *dtable = passes.run("backward", *args, lse, delta, dout, **options)
+    dquery, dkey, dvalue, dkey_bias, *dtable = passes.backward(*args, lse, delta, dout, **_options(causal, scale, bias))
     if key_bias is not None:
         dkey_bias = dkey_bias.astype(key_bias.dtype)
     dsinks = None

@@ -8,11 +8,13 @@ L pages listed, C slots of a plain cache, K selected tokens.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, partition
 from pallas_kernels.sparse_decode_attention import gpu, tpu, xla
 
 _IMPLEMENTATIONS = {
@@ -51,8 +53,8 @@ def sparse_decode_attention(
       bias: `[G, P, S]` or `[B, G, P, S]`, as the pages, added to the logits of each slot (log mass); -inf removes it.
       sinks: `[H]` logits that enter the denominator alone; 0 is softmax-off-by-one.
       scale: factor of the products; `d ** -0.5` when None.
-      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. Under several devices
-        call it inside a `shard_map`: pages belong to no row of the batch.
+      implementation: "tpu", "gpu", "xla", "interpret", "gpu_interpret", or None for the best available. Of several devices
+        each has its own rows, with their caches; a pool is whole on all.
 
     A row without any key gets zeros and a log-sum-exp of -inf, or of its sink.
 
@@ -62,9 +64,21 @@ def sparse_decode_attention(
     """
     _check(query, key_pages, value_pages, pages, lengths, bias, sinks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = {"bias": bias, "sinks": sinks, "scale": scale}
-    arguments = (query, key_pages, value_pages, pages.astype(jnp.int32), lengths.astype(jnp.int32))
-    return dispatch.call("sparse_decode_attention", _IMPLEMENTATIONS, implementation, *arguments, **options)
+    cache, lists = (key_pages, value_pages, bias), (pages.astype(jnp.int32), lengths.astype(jnp.int32))
+    implementations = {name: functools.partial(_attend, kernel, scale) for name, kernel in _IMPLEMENTATIONS.items()}
+    return dispatch.call("sparse_decode_attention", implementations, implementation, query, cache, lists, sinks)
+
+
+def _attend(kernel: Callable[..., Any], scale: float, query: Array, cache: Any, lists: Any, sinks: Array | None) -> Any:
+    """One implementation, on each device for its own rows of the batch."""
+
+    def rows(query: Array, lists: Any, own: Any, *, whole: Any) -> Any:
+        shared, sinks = whole
+        keys, values, bias = shared if own is None else own
+        return kernel(query, keys, values, *lists, bias=bias, sinks=sinks, scale=scale)
+
+    own, shared = (cache, None) if cache[0].ndim == 5 else (None, cache)
+    return partition.by_batch(rows)(query, lists, own, whole=(shared, sinks))
 
 
 def pack_tokens(

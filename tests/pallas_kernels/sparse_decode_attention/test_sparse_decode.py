@@ -270,3 +270,16 @@ def test_it_compiles_for_every_tpu(chip, name):
         return plain, sparse_decode_attention(query, keys, values, pages[:, :1], lengths[:, :1], **options)
 
     assert tpu_compiler.kernels(chip, run, *shapes(*sizes)) == 2
+
+
+def test_each_of_several_chips_reads_the_caches_of_its_own_rows():
+    query = jax.ShapeDtypeStruct((8, 1, 8, 128), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((8, 2, 16, 64, 128), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)
+    pages, lengths = (jax.ShapeDtypeStruct((8, 1, *rest), jnp.int32) for rest in ((4,), ()))
+
+    def run(query, keys, values, bias, pages, lengths):
+        options = {"bias": bias, "sinks": jnp.zeros(8), "implementation": "tpu"}
+        return sparse_decode_attention(query, keys, values, pages, lengths, **options)
+
+    assert tpu_compiler.collectives("4 x v5e", run, query, cache, cache, bias, pages, lengths) == []

@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from adaptive.rates.schedules import Schedule, Space, cost_of
+from adaptive.reduction.diffrate import ORDERS
 from experiments import data, search, tasks, train
 from experiments.evaluate import assess
 from experiments.progress import Progress
@@ -104,20 +105,21 @@ class Runs:
         """A method under ToMe's constant schedule: about as many tokens go at every layer, at most half of them."""
         return Setup(method, self.space(budget, first=0, halving=True).linear(), budget=budget)
 
-    def learned(self, budget: float, seed: int) -> tuple[ConfigDict, Setup]:
-        """`(config, setup)` of DiffRate's rates, learned for a budget."""
-        config = self._config(
-            f"rates,target={budget}", {**self.settings["base"], **self.settings["learn"], "seed": seed}
-        )
+    def learned(self, budget: float, seed: int, order: str = "") -> tuple[ConfigDict, Setup]:
+        """`(config, setup)` of DiffRate's rates, learned for a budget; by class attention unless another order is given."""
+        arg, run = f"rates,target={budget}", f"rates-{budget:g}-seed{seed}"
+        if order:
+            arg, run = f"{arg},order={order}", f"{order}-{run}"
+        config = self._config(arg, {**self.settings["base"], **self.settings["learn"], "seed": seed})
         params = graft(config, self.base[1].state.params)
-        result = self.context.train(f"{self.name}/rates-{budget:g}-seed{seed}", config, params=params)
+        result = self.context.train(f"{self.name}/{run}", config, params=params)
         task: LearnRates = tasks.build(config)
-        schedule = task.schedule(result.state.params)
-        return config, self.joint(schedule, "diffrate, learned", budget)
+        method = ORDERS[task.hook.order].method
+        return config, self.joint(task.schedule(result.state.params), f"{method}, learned", budget, method)
 
-    def joint(self, schedule: Schedule, label: str, budget: float) -> Setup:
+    def joint(self, schedule: Schedule, label: str, budget: float, method: str = "diffrate") -> Setup:
         """A schedule of pruning and merging."""
-        return Setup("diffrate", schedule.merge, schedule.prune, label, budget)
+        return Setup(method, schedule.merge, schedule.prune, label, budget)
 
     def searched(
         self, method: str, budget: float, seed: int, trials: int, examples: int

@@ -114,9 +114,7 @@ def prune_then_merge(
     unpruned, unmerged = jnp.where(pruned < there, prune_mask, 1.0), jnp.where(merged < alive, merge_mask, 1.0)
     slots = jnp.where(rank < left, order, -1)
     mean = combine.weighted_mean(slots, assign, by.share(tokens))
-    masked = MaskedReduction(
-        slots, assign, mean.weight, merges=True, order=order, keep=before * unpruned * unmerged
-    )
+    masked = MaskedReduction(slots, assign, mean.weight, merges=True, order=order, keep=before * unpruned * unmerged)
     if not by.weighted:
         return masked
     joins = jnp.where(rank < left, _earlier(features, signals.cls_token), partner)

@@ -7,9 +7,10 @@
 
 `rates` learns DiffRate's rates for a share `target` of the dense model's MACs (`price=both` as published, see
 `adaptive.rates.proxy`; `order=density` for another order of the tokens than by class attention, see
-`adaptive.reduction.diffrate`): it trains the rates alone, so give it trained parameters, as `experiments.reproduce --only=diffrate --data cifar10=DIR` does. The data set must have been prepared in
-array_record form, by `tfds.builder("cifar10", file_format="array_record").download_and_prepare()`. The model is sized for one
-CPU core, not for accuracy.
+`adaptive.reduction.diffrate`): it trains the rates alone, so give it trained parameters, as `experiments.reproduce
+--only=diffrate --data cifar10=DIR` does. The data set must have been prepared in array_record form, by
+`tfds.builder("cifar10", file_format="array_record").download_and_prepare()`. The model is sized for one CPU core, not
+for accuracy.
 """
 
 from ml_collections import ConfigDict

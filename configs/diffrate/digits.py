@@ -7,7 +7,8 @@
 
 `rates` learns DiffRate's rates for a share `target` of the dense model's MACs (`price=both` as published, see
 `adaptive.rates.proxy`; `order=density` for another order of the tokens than by class attention, see
-`adaptive.reduction.diffrate`): it trains the rates alone, so give it trained parameters, as `experiments.reproduce --only=diffrate` does.
+`adaptive.reduction.diffrate`): it trains the rates alone, so give it trained parameters, as `experiments.reproduce
+--only=diffrate` does.
 """
 
 from ml_collections import ConfigDict

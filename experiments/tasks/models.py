@@ -40,10 +40,11 @@ REDUCTION = {
 # Reductions whose hook is a module with parameters.
 LEARNED = {"cropr": Cropr}
 
-# Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two candidates,
-# the layers at both ends that stay whole, whom the price of tokens goes to; `start="uniform"` starts at the uniform schedule of
-# the target, of whose removed tokens the share `start_pruned` is pruned ("": every number is as likely, as published). A section
-# may also have the `order` in which tokens go; without it that is class attention, as published.
+# Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two
+# candidates, the layers at both ends that stay whole, whom the price of tokens goes to; `start="uniform"` starts at
+# the uniform schedule of the target, of whose removed tokens the share `start_pruned` is pruned ("": every number is
+# as likely, as published). A section may also have the `order` in which tokens go; without it that is class
+# attention, as published.
 RATES = {
     "target": 0.6,
     "weight": 100.0,

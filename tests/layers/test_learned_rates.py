@@ -92,3 +92,16 @@ def test_rates_of_zero_are_the_dense_model():
     np.testing.assert_array_equal(exact, dense)
     np.testing.assert_allclose(logits, dense, atol=1e-4)
     assert aux["reduction"] is None
+
+
+def test_an_order_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="order='attention' is not one of"):
+        LearnedRates(layers=4, patches=16, order="attention")
+
+
+def test_rates_by_density_need_no_class_token():
+    model = DENSE.clone(pool="mean", class_token=False)
+    with pytest.raises(ValueError, match="reads 'cls_attention', but the model has no class token"):
+        jax.eval_shape(model.clone(hooks=(HOOK,)).init, jax.random.key(0), X)
+    hook = HOOKS["density"].clone(first=0)
+    jax.eval_shape(model.clone(hooks=(hook,)).init, jax.random.key(0), X)

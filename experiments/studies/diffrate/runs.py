@@ -26,6 +26,13 @@ from experiments.train import TrainResult
 from layers.vit import ViT
 
 EVALUATION_BATCH = 64
+# The order in which tokens go in the paper, of `ORDERS`.
+PUBLISHED = "cls_attention"
+
+
+def learned_name(order: str) -> str:
+    """What tables call the rates that were learned for an order."""
+    return f"{ORDERS[order].method}, learned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,17 +112,17 @@ class Runs:
         """A method under ToMe's constant schedule: about as many tokens go at every layer, at most half of them."""
         return Setup(method, self.space(budget, first=0, halving=True).linear(), budget=budget)
 
-    def learned(self, budget: float, seed: int, order: str = "") -> tuple[ConfigDict, Setup]:
-        """`(config, setup)` of DiffRate's rates, learned for a budget; by class attention unless another order is given."""
+    def learned(self, budget: float, seed: int, order: str = PUBLISHED) -> tuple[ConfigDict, Setup]:
+        """`(config, setup)` of DiffRate's rates, learned for a budget and an order of the tokens."""
         arg, run = f"rates,target={budget}", f"rates-{budget:g}-seed{seed}"
-        if order:
+        if order != PUBLISHED:
             arg, run = f"{arg},order={order}", f"{order}-{run}"
         config = self._config(arg, {**self.settings["base"], **self.settings["learn"], "seed": seed})
         params = graft(config, self.base[1].state.params)
         result = self.context.train(f"{self.name}/{run}", config, params=params)
         task: LearnRates = tasks.build(config)
-        method = ORDERS[task.hook.order].method
-        return config, self.joint(task.schedule(result.state.params), f"{method}, learned", budget, method)
+        method = ORDERS[order].method
+        return config, self.joint(task.schedule(result.state.params), learned_name(order), budget, method)
 
     def joint(self, schedule: Schedule, label: str, budget: float, method: str = "diffrate") -> Setup:
         """A schedule of pruning and merging."""

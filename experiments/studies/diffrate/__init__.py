@@ -23,9 +23,9 @@ _CIFAR = dict(config="diffrate/cifar10.py", folder="cifar10")
 # The smallest is about the least that methods reach which can only halve the tokens of a layer.
 _BUDGETS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.33)
 
-# `budgets`: shares of the dense multiply-adds; `search`: at one of them. `orders` in which tokens go where rates are learned.
-# `batches` of 64 test images are evaluated; 0: all. `repeats` of timed steps; 0 times none. `seeds` of a set stand in for those
-# of the suite.
+# `budgets`: shares of the dense multiply-adds; `search`: at one of them. `orders` in which tokens go where rates are
+# learned. `batches` of 64 test images are evaluated; 0: all. `whole`: what settles the comparison at equal compute is
+# evaluated on all. `repeats` of timed steps; 0 times none. `seeds` of a set stand in for those of the suite.
 SUITES: dict[str, dict[str, Any]] = {
     "headline": dict(
         seeds=(0,),
@@ -40,6 +40,7 @@ SUITES: dict[str, dict[str, Any]] = {
                 budgets=(0.7, 0.5),
                 tuned_budgets=(),
                 orders=(PUBLISHED,),
+                whole=False,
                 baselines=("tome", "class_attention"),
                 search=dict(budget=0.5, trials=16, examples=256, methods=("evopress",)),
             )
@@ -60,6 +61,7 @@ SUITES: dict[str, dict[str, Any]] = {
                 budgets=_BUDGETS,
                 tuned_budgets=(0.7, 0.5, 0.33),
                 orders=tuple(ORDERS),
+                whole=True,
                 baselines=compare.BASELINES,
                 search=dict(budget=0.4, trials=16, examples=256, methods=compare.SEARCHES),
             ),
@@ -72,6 +74,7 @@ SUITES: dict[str, dict[str, Any]] = {
                 budgets=_BUDGETS,
                 tuned_budgets=(0.5,),
                 orders=tuple(ORDERS),
+                whole=False,
                 baselines=compare.BASELINES,
                 search=dict(budget=0.5, trials=16, examples=128, methods=compare.SEARCHES),
             ),
@@ -101,6 +104,7 @@ SUITES: dict[str, dict[str, Any]] = {
                 budgets=_BUDGETS,
                 tuned_budgets=_BUDGETS,
                 orders=tuple(ORDERS),
+                whole=False,
                 baselines=compare.BASELINES,
                 search=dict(budget=0.5, trials=200, examples=2_048, methods=compare.SEARCHES),
             )

@@ -62,6 +62,8 @@ def run(runs: Runs) -> list[str]:
                 plain.append(runs.row(setup, seed=seed, config=config))
         plain += [runs.row(runs.uniform(method, budget)) for method in settings["baselines"]]
     _report_plain(runs, plain)
+    compared = _compared(runs) if settings["whole"] else plain
+    _equal(runs, compared)
     for order, found in schedules.items():
         _curves(runs, order, found)
     _picture(runs, schedules[PUBLISHED])
@@ -69,7 +71,21 @@ def run(runs: Runs) -> list[str]:
     _report_searched(runs, searched)
     tuned = _tuned(runs)
     _report_tuned(runs, tuned)
-    return [row["id"] for row in (*plain, *searched, *tuned)]
+    return list(dict.fromkeys(row["id"] for row in (*plain, *compared, *searched, *tuned)))
+
+
+def _compared(runs: Runs) -> list[dict[str, Any]]:
+    """Rows of learned schedules and of what they are compared with, on all test images."""
+    rows = []
+    # The published order last: it is the one that a part of the images settles.
+    for order in reversed(runs.settings["orders"]):
+        for budget in runs.settings["budgets"]:
+            for seed in runs.seeds:
+                config, setup = runs.learned(budget, seed, order)
+                rows.append(runs.row(setup, seed=seed, config=config, whole=True))
+            uniform = ("tome", ORDERS[order].method)
+            rows += [runs.row(runs.uniform(method, budget), whole=True) for method in uniform]
+    return list({row["id"]: row for row in rows}.values())
 
 
 def _tuned(runs: Runs) -> list[dict[str, Any]]:
@@ -115,7 +131,6 @@ def _report_plain(runs: Runs, rows: list[dict]) -> None:
     results, name = runs.context.results, runs.name
     tables.write(results, f"{name}_plain", f"Without any training under the schedule. {_about(runs)}", rows, COLUMNS)
     plots.save(plots.trade_off(rows[1:], _PANELS, level=rows[0]), results, f"{name}_plain")
-    _equal(runs, rows)
 
 
 def _report_tuned(runs: Runs, rows: list[dict]) -> None:
@@ -140,13 +155,13 @@ def _report_searched(runs: Runs, rows: list[dict]) -> None:
     tables.write(runs.context.results, f"{runs.name}_schedules", title, rows, SEARCH_COLUMNS)
 
 
-def _equal(runs: Runs, plain: list[dict]) -> None:
+def _equal(runs: Runs, compared: list[dict]) -> None:
     """Learned schedules against uniform ones, budget by budget: those of ToMe, and those of the same reduction."""
     orders = runs.settings["orders"]
     shown = [*map(learned_name, orders), *(ORDERS[order].method for order in orders), "tome"]
     lines = []
     for budget in runs.settings["budgets"]:
-        at = [row for row in plain if row["target"] == 100 * budget]
+        at = [row for row in compared if row["target"] == 100 * budget]
         tome = next((row for row in at if row["method"] == "tome"), None)
         if tome is None:
             continue
@@ -158,7 +173,8 @@ def _equal(runs: Runs, plain: list[dict]) -> None:
             lines += [{**row, **(found if name != "tome" else dict.fromkeys(found, "-"))} for row in rows]
     if lines:
         title = (
-            f"Learned schedules against uniform ones at equal multiply-adds on {runs.name}, without training. "
+            f"Learned schedules against uniform ones at equal multiply-adds on {runs.name}, without training"
+            f"{', on all test images' if runs.settings['whole'] else ''}. "
             "diffrate sorts tokens by class attention, as published; diffrate_density by density peaks."
         )
         tables.write(runs.context.results, f"{runs.name}_equal", title, lines, EQUAL_COLUMNS, receipts=())

@@ -74,12 +74,14 @@ class Runs:
       context: of the study; name: of the data set, and the folder of its runs.
       settings: `config`, `data` and the overrides `base`, `learn`, `tune`, from the study's suites.
       objectives: of searches, by seed and number of calibration images, once they are compiled.
+      rates: what `learned` found, by its arguments.
     """
 
     context: Context
     name: str
     settings: Mapping[str, Any]
     objectives: dict[tuple[int, int], search.Objective] = dataclasses.field(default_factory=dict, repr=False)
+    rates: dict[tuple[float, int, str], tuple[ConfigDict, Setup]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -114,6 +116,11 @@ class Runs:
 
     def learned(self, budget: float, seed: int, order: str = PUBLISHED) -> tuple[ConfigDict, Setup]:
         """`(config, setup)` of DiffRate's rates, learned for a budget and an order of the tokens."""
+        if (budget, seed, order) not in self.rates:
+            self.rates[budget, seed, order] = self._learn(budget, seed, order)
+        return self.rates[budget, seed, order]
+
+    def _learn(self, budget: float, seed: int, order: str) -> tuple[ConfigDict, Setup]:
         arg, run = f"rates,target={budget}", f"rates-{budget:g}-seed{seed}"
         if order != PUBLISHED:
             arg, run = f"{arg},order={order}", f"{order}-{run}"
@@ -168,6 +175,7 @@ class Runs:
         seed: int = 0,
         config: ConfigDict | None = None,
         tuned: bool = False,
+        whole: bool = False,
         more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The row of a setup on the test split.
@@ -175,36 +183,38 @@ class Runs:
         Args:
           seed: of what led to the setup; config: of that, where it is not the dense model's.
           tuned: trained on under the schedule.
+          whole: on all test images, however few of them the suite looks at, and not timed.
           more: facts that stand in the row as well.
         """
-        kind = "tuned" if tuned else "plain"
+        kind = "tuned" if tuned else "whole" if whole else "plain"
         made_by = self.base[0] if config is None else config
         identifier = f"{self.name}/{kind}/{setup.name}-{setup.budget:g}-seed{seed}"
         made_by = apply_overrides(made_by.copy_and_resolve_references(), {**setup.overrides, "seed": seed})
         if tuned:
             made_by = apply_overrides(made_by, dict(self.settings["tune"]))
-        build = functools.partial(self._evaluate, setup, seed, tuned, dict(more or {}))
+        build = functools.partial(self._evaluate, setup, seed, kind, dict(more or {}))
         return self.context.rows.make(identifier, made_by, build)
 
-    def _evaluate(self, setup: Setup, seed: int, tuned: bool, more: dict[str, Any]) -> dict[str, Any]:
+    def _evaluate(self, setup: Setup, seed: int, kind: str, more: dict[str, Any]) -> dict[str, Any]:
         config, result = self.base
         run = f"{self.name}/base"
-        if tuned:
+        if kind == "tuned":
             config, result, run = self.tuned(setup, seed)
-        self.context.say(f"evaluating {self.name}: {setup.name} at {setup.budget:g}{' tuned' if tuned else ''}")
+        self.context.say(f"evaluating {self.name}: {setup.name} at {setup.budget:g} ({kind})")
         overrides = {**setup.overrides, "batch_size": EVALUATION_BATCH}
         changed = apply_overrides(config.copy_and_resolve_references(), overrides)
         task = tasks.build(changed)
         dataset = data.build(changed.data, split="test", batch_size=EVALUATION_BATCH, seed=0)
         program = train.build_program(changed, task, dataset.spec)
-        repeats = self.context.settings["repeats"]
-        sizes = dict(batches=self.context.settings["batches"] or None, speed=bool(repeats), repeats=repeats)
+        whole, repeats = kind == "whole", self.context.settings["repeats"]
+        batches = 0 if whole else self.context.settings["batches"]
+        sizes = dict(batches=batches or None, speed=bool(repeats) and not whole, repeats=repeats)
         found = assess(program, task, result.state.params, {}, dataset, **sizes)
         counts = setup.counts or (self.model.num_tokens,) * self.model.depth
         return {
-            "group": f"{self.name}/{'tuned' if tuned else 'plain'}/{setup.name}-{setup.budget:g}",
+            "group": f"{self.name}/{kind}/{setup.name}-{setup.budget:g}",
             "data": self.name,
-            "tuned": tuned,
+            "tuned": kind == "tuned",
             "method": setup.name,
             "target": 100 * setup.budget,
             "accuracy": 100 * found["accuracy"],
@@ -217,7 +227,7 @@ class Runs:
             # The dense row is compared with itself, which only measures noise.
             "realised": found.get("realised") if setup.method else 1.0,
             "milliseconds": found.get("milliseconds"),
-            "command": self.context.evaluate_command(run, "test", overrides),
+            "command": self.context.evaluate_command(run, "test", overrides, batches),
             **more,
         }
 

@@ -121,7 +121,7 @@ def test_the_table_at_equal_compute_counts_the_seeds_that_are_better_than_tome(t
     learned = [row("diffrate_density, learned", accuracy, loss) for accuracy, loss in ((70.0, 0.9), (69.0, 0.8))]
     plain = [*learned, row("diffrate_density", 68.0, 0.85), row("tome", 69.5, 0.85), row("evit", 99.0, 0.1)]
     context = types.SimpleNamespace(results=epath.Path(tmp_path))
-    settings = {"orders": ("density",), "budgets": (0.5, 0.4)}
+    settings = {"orders": ("density",), "budgets": (0.5, 0.4), "whole": True}
     compare._equal(types.SimpleNamespace(settings=settings, context=context, name="x"), plain)
     lines = (tmp_path / "x_equal_summary.md").read_text().splitlines()[4:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]

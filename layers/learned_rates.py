@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from adaptive.rates import masked, proxy
 from adaptive.rates.schedules import Schedule
+from adaptive.reduction.diffrate import ORDERS
 from adaptive.tokens import Signals, TokenSet
 from layers.hooks import Reduce
 
@@ -27,10 +28,14 @@ class LearnedRates(nn.Module):
       granularity: patches between two candidates.
       first, last: layers at the beginning and at the end that compress nothing (DeiT: 1 and 0, MAE: 1 and 1).
       start: schedule that the rates start around (`proxy.logits_around`); None starts with every number as likely.
+      order: in which tokens go, of `adaptive.reduction.diffrate.ORDERS`.
 
-    Source: Chen et al. 2023 (DiffRate); logits start at 0.
+    Raises:
+      ValueError: an unknown order.
+
+    Source: Chen et al. 2023 (DiffRate); logits start at 0; tokens go in the order of class attention.
     Differs: may start around a schedule. From zeros the first layer that compresses takes the whole budget, and few steps do
-      not bring tokens back to it.
+      not bring tokens back to it. The order may be another one, under which a mask learns from merging as well.
     """
 
     layers: int
@@ -39,8 +44,18 @@ class LearnedRates(nn.Module):
     first: int = 1
     last: int = 0
     start: Schedule | None = None
+    order: str = "cls_attention"
     place: str = "between"
-    signals: tuple[str, ...] = ("cls_attention",)
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} is not one of {tuple(ORDERS)}")
+        super().__post_init__()
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What the order reads."""
+        return ORDERS[self.order].signals
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -64,8 +79,9 @@ class LearnedRates(nn.Module):
         logits = self.param("logits", init, (self.layers, 2, len(self.choices)), jnp.float32)[signals.layer]
         kept = jax.lax.stop_gradient(proxy.kept_tokens(logits, self.choices))
         masks = proxy.keep_mask(logits, self.choices, tokens.mass.shape[1])
-        order = [proxy.PRUNE, proxy.MERGE]
-        return masked.prune_then_merge(tokens, signals, *(kept[i] for i in order), *(masks[i] for i in order))
+        both = [proxy.PRUNE, proxy.MERGE]
+        numbers, by_rank = (kept[i] for i in both), (masks[i] for i in both)
+        return masked.prune_then_merge(tokens, signals, *numbers, *by_rank, ORDERS[self.order])
 
     def _initial(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         if self.start is None:
@@ -79,6 +95,6 @@ class LearnedRates(nn.Module):
         return proxy.export(logits, self.choices, self.patches + 1, self.acting)
 
 
-def as_reduce(schedule: Schedule) -> Reduce:
+def as_reduce(schedule: Schedule, order: str = "cls_attention") -> Reduce:
     """The hook that runs a schedule with arrays that shrink."""
-    return Reduce("diffrate", schedule.merge, layered=(("alive", schedule.prune),))
+    return Reduce(ORDERS[order].method, schedule.merge, layered=(("alive", schedule.prune),))

@@ -99,17 +99,9 @@ def dpc_knn(
     free = match.unprotected(tokens, signals)
     x = _metric(tokens, free)
     squared = _squared_distances(x) / x.shape[-1]
-    pairs = free[:, :, None] & free[:, None, :]
-    nearest = jnp.sort(jnp.where(pairs, squared, jnp.inf), axis=-1)[..., :neighbours]
-    found = jnp.isfinite(nearest)
-    mean = jnp.sum(jnp.where(found, nearest, 0.0), axis=-1) / jnp.maximum(jnp.sum(found, axis=-1), 1)
-    place = ragged.rank(jnp.where(free, -mean, -jnp.inf))
-    denser = pairs & (place[:, None, :] < place[:, :, None])
-    distance = jnp.sqrt(squared)
-    farthest = jnp.max(jnp.where(pairs, distance, 0.0), axis=(1, 2))[:, None]
-    delta = jnp.minimum(jnp.min(jnp.where(denser, distance, jnp.inf), axis=-1), farthest)
+    mean, delta = _peaks(squared, free, neighbours)
     centres = select.survivors(jnp.exp(-mean) * delta, tokens, signals, budget) & free
-    return _reduce(_nearest(distance, centres), tokens, signals, budget, pool)
+    return _reduce(_nearest(jnp.sqrt(squared), centres), tokens, signals, budget, pool)
 
 
 @register("kmeans", kind="reduction")
@@ -151,6 +143,40 @@ def kmeans(tokens: TokenSet, signals: Signals, budget: budgets.Budget, *, steps:
     # The first member heads a cluster.
     same = label[:, :, None] == label[:, None, :]
     return _reduce(jnp.argmax(same, axis=-1).astype(jnp.int32), tokens, signals, budget, "mean")
+
+
+def isolation(tokens: TokenSet, signals: Signals, *, neighbours: int = 5) -> Float[Array, "B N"]:
+    """Mass times the distance to the nearest denser token: what a merge into that token would change.
+
+    Density and distance are those of `dpc_knn`, over features scaled to length 1, so that near is what is alike by cosine.
+
+    Args:
+      tokens: `[B, N, D]`; no gradient flows through it.
+      signals: `cls_token`.
+      neighbours: k of the density.
+
+    Source: the distance is `delta` of DPC-KNN (Zeng et al. 2022, section 3.2); the mass in place of the density is ours.
+    """
+    free = match.unprotected(tokens, signals)
+    x = _metric(tokens, free)
+    length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    _, delta = _peaks(_squared_distances(x / jnp.where(length > 0, length, 1.0)), free, neighbours)
+    return jax.lax.stop_gradient(tokens.mass) * delta
+
+
+def _peaks(
+    squared: Float[Array, "B N N"], free: Bool[Array, "B N"], neighbours: int
+) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    """Mean squared distance to the k nearest (low where dense), and the distance to the nearest denser token."""
+    pairs = free[:, :, None] & free[:, None, :]
+    nearest = jnp.sort(jnp.where(pairs, squared, jnp.inf), axis=-1)[..., :neighbours]
+    found = jnp.isfinite(nearest)
+    mean = jnp.sum(jnp.where(found, nearest, 0.0), axis=-1) / jnp.maximum(jnp.sum(found, axis=-1), 1)
+    place = ragged.rank(jnp.where(free, -mean, -jnp.inf))
+    denser = pairs & (place[:, None, :] < place[:, :, None])
+    distance = jnp.sqrt(squared)
+    farthest = jnp.max(jnp.where(pairs, distance, 0.0), axis=(1, 2))[:, None]
+    return mean, jnp.minimum(jnp.min(jnp.where(denser, distance, jnp.inf), axis=-1), farthest)
 
 
 def _clusters(tokens: TokenSet, signals: Signals, budget: budgets.Budget, rounds: int) -> int:

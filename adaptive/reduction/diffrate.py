@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiffRate's joint compression: prune the least attended tokens, then merge the next ones into those that stay."""
+"""DiffRate's joint compression: prune the last tokens of an order, then merge the next ones into those that stay.
+
+The published order is by class attention. `diffrate_density` has the same operation in an order by density peaks.
+
+Shapes: B batch, N tokens, D features.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from adaptive import budgets
-from adaptive.reduction import combine, select
+from adaptive.reduction import clustering, combine, select
 from adaptive.registry import register
 from adaptive.tokens import Reduction, Signals, TokenSet
 from pallas_kernels.bipartite_match import bipartite_match
@@ -41,15 +50,73 @@ def diffrate(tokens: TokenSet, signals: Signals, budget: budgets.Budget, *, aliv
     Differs: mass is the number of tokens in a slot, as for every reduction here, and enters attention as such; the public code
     scales it by the similarity of the merged pair.
     """
+    return _prune_then_merge(tokens, signals, budget, alive, ORDERS["cls_attention"])
+
+
+@register("diffrate_density", kind="reduction")
+def diffrate_density(
+    tokens: TokenSet, signals: Signals, budget: budgets.Budget, *, alive: int | None = None
+) -> Reduction:
+    """Prunes to `alive` tokens, then merges those beyond the budget, as `diffrate`, in an order by density peaks.
+
+    Tokens are sorted by `clustering.isolation`: light ones that lie close to a denser token go first. A slot is the mean of
+    its tokens weighted by mass.
+
+    Args:
+      tokens: `[B, N, D]`.
+      signals: `cls_token`.
+      budget: surviving tokens. A `Threshold(value, cap)` keeps tokens whose isolation exceeds `value`, at most `cap`.
+      alive: as for `diffrate`.
+
+    Raises:
+      ValueError: as for `diffrate`.
+
+    Source: the operation of Chen et al. 2023 (DiffRate), section 3.2; the order is ours, after DPC-KNN (Zeng et al. 2022).
+    """
+    return _prune_then_merge(tokens, signals, budget, alive, ORDERS["density"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What decides which tokens go, and how those that merge weigh.
+
+    Attributes:
+      method: registered name; signals: that it reads.
+      scores: `(tokens, signals) -> [B, N]`, high for tokens that stay.
+      weighted: a slot is the mean of its tokens weighted by mass; else their plain mean.
+    """
+
+    method: str
+    signals: tuple[str, ...]
+    scores: Callable[[TokenSet, Signals], Float[Array, "B N"]]
+    weighted: bool
+
+    def share(self, tokens: TokenSet) -> Float[Array, "B N"]:
+        """Weight of each token in the mean of its slot."""
+        return tokens.mass if self.weighted else jnp.ones_like(tokens.mass)
+
+
+ORDERS = {
+    "cls_attention": Order("diffrate", ("cls_attention",), lambda _, signals: signals.cls_attention, weighted=False),
+    "density": Order("diffrate_density", (), clustering.isolation, weighted=True),
+}
+
+
+def _prune_then_merge(
+    tokens: TokenSet, signals: Signals, budget: budgets.Budget, alive: int | None, by: Order
+) -> Reduction:
     slots, length = budgets.capacity(budget), tokens.mass.shape[1]
     alive = length if alive is None else int(alive)
     if not slots <= alive <= length:
-        raise ValueError(f"diffrate: alive={alive} (tokens left after pruning) must lie in {slots}..{length}")
+        raise ValueError(f"{by.method}: alive={alive} (tokens left after pruning) must lie in {slots}..{length}")
     if slots <= int(signals.cls_token) and alive > slots:
-        raise ValueError("diffrate: with a budget of the class token alone nothing can merge; set alive=1 to prune all")
-    scores = select.guard(signals.cls_attention, tokens, signals)
+        raise ValueError(
+            f"{by.method}: with a budget of the class token alone nothing can merge; set alive=1 to prune all"
+        )
+    importance = by.scores(tokens, signals)
+    scores = select.guard(importance, tokens, signals)
     order = jnp.argsort(-scores, axis=-1, stable=True).astype(jnp.int32)
-    stays = jnp.take_along_axis(select.survivors(signals.cls_attention, tokens, signals, budget), order, axis=1)
+    stays = jnp.take_along_axis(select.survivors(importance, tokens, signals, budget), order, axis=1)
     there = jnp.take_along_axis(tokens.valid, order, axis=1)
     ranks = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), order.shape)
     heads = jnp.where(stays, order, -1)[:, :slots]
@@ -64,7 +131,7 @@ def diffrate(tokens: TokenSet, signals: Signals, budget: budgets.Budget, *, aliv
     assign = jnp.take_along_axis(joins, place, axis=1)
     if alive == first:
         return Reduction(heads, assign, (assign >= 0).astype(jnp.float32), merges=False)
-    return combine.weighted_mean(heads, assign, jnp.ones_like(tokens.mass))
+    return combine.weighted_mean(heads, assign, by.share(tokens))
 
 
 def _partner(tokens: TokenSet, sources, targets, stays, cls_token: bool):

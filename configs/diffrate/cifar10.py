@@ -6,10 +6,11 @@
     python -m experiments.train --config=configs/diffrate/cifar10.py:rates,target=0.6,data_dir=DIR --workdir=runs/rates
 
 `rates` learns DiffRate's rates for a share `target` of the dense model's MACs (`price=both` as published, see
-`adaptive.rates.proxy`): it trains the rates alone, so give it trained
-parameters, as `experiments.reproduce --only=diffrate --data cifar10=DIR` does. The data set must have been prepared in
-array_record form, by `tfds.builder("cifar10", file_format="array_record").download_and_prepare()`. The model is sized for one
-CPU core, not for accuracy.
+`adaptive.rates.proxy`; `order=density` for another order of the tokens than by class attention, see
+`adaptive.reduction.diffrate`): it trains the rates alone, so give it trained parameters, as `experiments.reproduce
+--only=diffrate --data cifar10=DIR` does. The data set must have been prepared in array_record form, by
+`tfds.builder("cifar10", file_format="array_record").download_and_prepare()`. The model is sized for one CPU core, not
+for accuracy.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +22,7 @@ from experiments.tasks.models import rates_section, reduction_section
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, rates=False, target=0.6, price="binding", data_dir="", runlocal=False)
+    given = parse_arg(arg, rates=False, target=0.6, price="binding", order="", data_dir="", runlocal=False)
     config = base_config()
     config.task = "rates" if given.rates else "classification"
     config.model = ConfigDict(
@@ -65,6 +66,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 target=given.target, first=0, price=given.price, weight=400.0, start="uniform", start_pruned=0.1
             )
         )
+        if given.order:
+            config.model.rates.order = given.order
         config.steps = 100
         config.batch_size = 32
         config.optimizer.update(dict(peak=0.2, end=0.1, warmup=0, weight_decay=0.0))

@@ -6,8 +6,9 @@
     python -m experiments.train --config=configs/diffrate/digits.py:rates,target=0.6 --workdir=runs/rates
 
 `rates` learns DiffRate's rates for a share `target` of the dense model's MACs (`price=both` as published, see
-`adaptive.rates.proxy`): it trains the rates alone, so give it trained
-parameters, as `experiments.reproduce --only=diffrate` does.
+`adaptive.rates.proxy`; `order=density` for another order of the tokens than by class attention, see
+`adaptive.reduction.diffrate`): it trains the rates alone, so give it trained parameters, as `experiments.reproduce
+--only=diffrate` does.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ from experiments.tasks.models import rates_section, reduction_section
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config; `arg` as in the module docstring."""
-    given = parse_arg(arg, rates=False, target=0.6, price="binding", runlocal=False)
+    given = parse_arg(arg, rates=False, target=0.6, price="binding", order="", runlocal=False)
     config = base_config()
     config.task = "rates" if given.rates else "classification"
     config.model = ConfigDict(
@@ -52,6 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.rates = ConfigDict(
             rates_section(target=given.target, first=0, price=given.price, weight=400.0, start="uniform")
         )
+        if given.order:
+            config.model.rates.order = given.order
         config.steps = 100
         config.optimizer.update(dict(peak=0.2, end=0.1, warmup=0, weight_decay=0.0))
         config.eval.every, config.checkpoint.every = 0, 100

@@ -125,9 +125,10 @@ class Context:
         self.say(f"training {name}: {config.steps} steps of {config.batch_size} ({self.runs / name})")
         return train(config, self.runs / name, **options)
 
-    def evaluate_command(self, run: str, split: str, overrides: Mapping[str, Any]) -> str:
-        """The command that evaluates a run of this study again."""
+    def evaluate_command(self, run: str, split: str, overrides: Mapping[str, Any], batches: int | None = None) -> str:
+        """The command that evaluates a run of this study again, on the suite's number of batches unless given (0: all)."""
+        batches = self.settings["batches"] if batches is None else batches
         changes = "".join(f" --set {key}={json.dumps(value)}" for key, value in overrides.items())
         # As many batches as the study looked at, else the command would print another number.
-        batches = f" --batches={self.settings['batches']}" if self.settings["batches"] else ""
-        return f"python -m experiments.evaluate --workdir={self.runs / run} --split={split}{batches}{changes}"
+        limit = f" --batches={batches}" if batches else ""
+        return f"python -m experiments.evaluate --workdir={self.runs / run} --split={split}{limit}{changes}"

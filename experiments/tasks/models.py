@@ -41,9 +41,11 @@ REDUCTION = {
 # Reductions whose hook is a module with parameters.
 LEARNED = {"cropr": Cropr}
 
-# Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two candidates,
-# the layers at both ends that stay whole, whom the price of tokens goes to; `start="uniform"` starts at the uniform schedule of
-# the target, of whose removed tokens the share `start_pruned` is pruned ("": every number is as likely, as published).
+# Learned rates of a ViT: share of the dense model's MACs to reach, the weight of that loss, patches between two
+# candidates, the layers at both ends that stay whole, whom the price of tokens goes to; `start="uniform"` starts at
+# the uniform schedule of the target, of whose removed tokens the share `start_pruned` is pruned ("": every number is
+# as likely, as published). A section may also have the `order` in which tokens go; without it that is class
+# attention, as published.
 RATES = {
     "target": 0.6,
     "weight": 100.0,
@@ -161,11 +163,13 @@ def _learned_rates(model: ViT, section: Mapping[str, Any]) -> LearnedRates:
     """The hook of a `rates` section; `target` and `weight` are the task's."""
     if section.get("reduction", {}).get("method"):
         raise ValueError("config.model has both a reduction and rates; rates are learned alone, so set one of them")
-    check_keys("model.rates", section["rates"], RATES)
-    rates = {**RATES, **section["rates"]}
+    rates = {"order": "cls_attention", **RATES, **section["rates"]}
+    check_keys("model.rates", rates, (*RATES, "order"))
     patches = model.num_tokens - model.has_class_token
     start = _start(model, rates)
-    return LearnedRates(model.depth, patches, rates["granularity"], rates["first"], rates["last"], start)
+    return LearnedRates(
+        model.depth, patches, rates["granularity"], rates["first"], rates["last"], start, rates["order"]
+    )
 
 
 def _start(model: ViT, rates: Mapping[str, Any]) -> Schedule | None:

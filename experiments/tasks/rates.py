@@ -58,7 +58,7 @@ class LearnRates(Classification):
 
     def exported(self, params: Any) -> Classification:
         """The task of the model that runs those numbers with arrays that shrink."""
-        return Classification(self.model.clone(hooks=(as_reduce(self.schedule(params)),)))
+        return Classification(self.model.clone(hooks=(as_reduce(self.schedule(params), self.hook.order),)))
 
     def dense(self) -> Classification:
         """The same model without compression."""

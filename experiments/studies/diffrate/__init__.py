@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from adaptive.reduction.diffrate import ORDERS
 from experiments.studies.diffrate import compare, published, shapes
-from experiments.studies.diffrate.runs import Runs
+from experiments.studies.diffrate.runs import PUBLISHED, Runs
 from experiments.studies.study import Context
 
 _DIGITS = dict(config="diffrate/digits.py")
@@ -22,8 +23,9 @@ _CIFAR = dict(config="diffrate/cifar10.py", folder="cifar10")
 # The smallest is about the least that methods reach which can only halve the tokens of a layer.
 _BUDGETS = (0.85, 0.7, 0.6, 0.5, 0.4, 0.33)
 
-# `budgets`: shares of the dense multiply-adds; `search`: at one of them. `batches` of 64 test images are evaluated; 0: all.
-# `repeats` of timed steps; 0 times none. `seeds` of a set stand in for those of the suite.
+# `budgets`: shares of the dense multiply-adds; `search`: at one of them. `orders` in which tokens go where rates are
+# learned. `batches` of 64 test images are evaluated; 0: all. `whole`: what settles the comparison at equal compute is
+# evaluated on all. `repeats` of timed steps; 0 times none. `seeds` of a set stand in for those of the suite.
 SUITES: dict[str, dict[str, Any]] = {
     "headline": dict(
         seeds=(0,),
@@ -37,6 +39,8 @@ SUITES: dict[str, dict[str, Any]] = {
                 tune={"steps": 40, "optimizer.peak": 5e-4, "optimizer.warmup": 5},
                 budgets=(0.7, 0.5),
                 tuned_budgets=(),
+                orders=(PUBLISHED,),
+                whole=False,
                 baselines=("tome", "class_attention"),
                 search=dict(budget=0.5, trials=16, examples=256, methods=("evopress",)),
             )
@@ -56,6 +60,8 @@ SUITES: dict[str, dict[str, Any]] = {
                 tune={"steps": 30, "optimizer.peak": 3e-4, "optimizer.warmup": 3},
                 budgets=_BUDGETS,
                 tuned_budgets=(0.7, 0.5, 0.33),
+                orders=tuple(ORDERS),
+                whole=True,
                 baselines=compare.BASELINES,
                 search=dict(budget=0.4, trials=16, examples=256, methods=compare.SEARCHES),
             ),
@@ -67,6 +73,8 @@ SUITES: dict[str, dict[str, Any]] = {
                 seeds=(0,),
                 budgets=_BUDGETS,
                 tuned_budgets=(0.5,),
+                orders=tuple(ORDERS),
+                whole=False,
                 baselines=compare.BASELINES,
                 search=dict(budget=0.5, trials=16, examples=128, methods=compare.SEARCHES),
             ),
@@ -95,6 +103,8 @@ SUITES: dict[str, dict[str, Any]] = {
                 tune={"steps": 2_000, "optimizer.peak": 1e-4, "optimizer.warmup": 100},
                 budgets=_BUDGETS,
                 tuned_budgets=_BUDGETS,
+                orders=tuple(ORDERS),
+                whole=False,
                 baselines=compare.BASELINES,
                 search=dict(budget=0.5, trials=200, examples=2_048, methods=compare.SEARCHES),
             )

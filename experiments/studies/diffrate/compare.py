@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive.rates.schedules import Schedule
+from adaptive.reduction.diffrate import ORDERS
 from experiments import data, search
 from experiments.studies import plots, tables
-from experiments.studies.diffrate.runs import Runs, Setup
+from experiments.studies.diffrate.runs import PUBLISHED, Runs, Setup, learned_name
 from layers.learned_rates import as_reduce
 
-BASELINES = ("tome", "diffrate", "dpc_knn", "ficoco_v", "evit", "class_attention")
+BASELINES = ("tome", "diffrate", "diffrate_density", "dpc_knn", "ficoco_v", "evit", "class_attention")
 # Cropr's queries are trained, so it stands among the tuned ones alone.
 TUNED = ("tome", "dpc_knn", "ficoco_v", "cropr", "class_attention")
 SEARCHES = search.METHODS
-LEARNED = "diffrate, learned"
 
 COLUMNS = (
     tables.Column("method", "method"),
@@ -40,11 +40,12 @@ SEARCH_COLUMNS = (
 )
 EQUAL_COLUMNS = (
     tables.Column("target % of MACs", lambda row: round(row["target"])),
-    tables.Column("diffrate, learned: MACs %", "learned_share", 2),
-    tables.Column("tome, uniform: MACs %", "tome_share", 2),
-    tables.Column("diffrate, learned: accuracy %", "learned", 2),
-    tables.Column("tome, uniform: accuracy %", "tome", 2),
-    tables.Column("seeds in which diffrate is higher", "higher"),
+    tables.Column("schedule", "method"),
+    tables.Column("MACs %", "macs_share", 2),
+    tables.Column("accuracy %", "accuracy", 2),
+    tables.Column("seeds above tome", "higher"),
+    tables.Column("cross-entropy", "cross_entropy", 4),
+    tables.Column("seeds below tome", "lower"),
 )
 
 
@@ -52,21 +53,39 @@ def run(runs: Runs) -> list[str]:
     """Rows of one data set; writes its tables and pictures, and returns the ids of its rows."""
     seeds, settings = runs.seeds, runs.settings
     plain = [runs.row(Setup(""))]
-    schedules: dict[float, list[Schedule]] = {}
+    schedules: dict[str, dict[float, list[Schedule]]] = {order: {} for order in settings["orders"]}
     for budget in settings["budgets"]:
-        for seed in seeds:
-            config, setup = runs.learned(budget, seed)
-            schedules.setdefault(budget, []).append(Schedule(setup.prune, setup.counts))
-            plain.append(runs.row(setup, seed=seed, config=config))
+        for order in settings["orders"]:
+            for seed in seeds:
+                config, setup = runs.learned(budget, seed, order)
+                schedules[order].setdefault(budget, []).append(Schedule(setup.prune, setup.counts))
+                plain.append(runs.row(setup, seed=seed, config=config))
         plain += [runs.row(runs.uniform(method, budget)) for method in settings["baselines"]]
     _report_plain(runs, plain)
-    _curves(runs, schedules)
-    _picture(runs, schedules)
+    compared = _compared(runs) if settings["whole"] else plain
+    _equal(runs, compared)
+    for order, found in schedules.items():
+        _curves(runs, order, found)
+    _picture(runs, schedules[PUBLISHED])
     searched = _searched(runs, plain)
     _report_searched(runs, searched)
     tuned = _tuned(runs)
     _report_tuned(runs, tuned)
-    return [row["id"] for row in (*plain, *searched, *tuned)]
+    return list(dict.fromkeys(row["id"] for row in (*plain, *compared, *searched, *tuned)))
+
+
+def _compared(runs: Runs) -> list[dict[str, Any]]:
+    """Rows of learned schedules and of what they are compared with, on all test images."""
+    rows = []
+    # The published order last: it is the one that a part of the images settles.
+    for order in reversed(runs.settings["orders"]):
+        for budget in runs.settings["budgets"]:
+            for seed in runs.seeds:
+                config, setup = runs.learned(budget, seed, order)
+                rows.append(runs.row(setup, seed=seed, config=config, whole=True))
+            uniform = ("tome", ORDERS[order].method)
+            rows += [runs.row(runs.uniform(method, budget), whole=True) for method in uniform]
+    return list({row["id"]: row for row in rows}.values())
 
 
 def _tuned(runs: Runs) -> list[dict[str, Any]]:
@@ -75,7 +94,8 @@ def _tuned(runs: Runs) -> list[dict[str, Any]]:
     for seed in runs.context.settings["tuned_seeds"] if runs.settings["tuned_budgets"] else ():
         rows.append(runs.row(Setup(""), seed=seed, tuned=True))
         for budget in runs.settings["tuned_budgets"]:
-            setups = [runs.learned(budget, seed)[1], *(runs.uniform(method, budget) for method in TUNED)]
+            setups = [runs.learned(budget, seed, order)[1] for order in runs.settings["orders"]]
+            setups += [runs.uniform(method, budget) for method in TUNED]
             rows += [runs.row(setup, seed=seed, tuned=True) for setup in setups]
     return rows
 
@@ -84,7 +104,7 @@ def _searched(runs: Runs, plain: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the searches at one budget, and of the learned schedules at it."""
     settings = dict(runs.settings["search"])
     budget, methods = settings.pop("budget"), settings.pop("methods")
-    rows = [row for row in plain if row["method"] == LEARNED and row["target"] == 100 * budget]
+    rows = [row for row in plain if row["method"] == learned_name(PUBLISHED) and row["target"] == 100 * budget]
     for method in methods:
         for seed in runs.seeds:
             setup, facts = runs.searched(method, budget, seed, **settings)
@@ -111,7 +131,6 @@ def _report_plain(runs: Runs, rows: list[dict]) -> None:
     results, name = runs.context.results, runs.name
     tables.write(results, f"{name}_plain", f"Without any training under the schedule. {_about(runs)}", rows, COLUMNS)
     plots.save(plots.trade_off(rows[1:], _PANELS, level=rows[0]), results, f"{name}_plain")
-    _equal(runs, rows)
 
 
 def _report_tuned(runs: Runs, rows: list[dict]) -> None:
@@ -136,34 +155,32 @@ def _report_searched(runs: Runs, rows: list[dict]) -> None:
     tables.write(runs.context.results, f"{runs.name}_schedules", title, rows, SEARCH_COLUMNS)
 
 
-def _equal(runs: Runs, plain: list[dict]) -> None:
-    """DiffRate's learned schedules against uniform ToMe, budget by budget."""
+def _equal(runs: Runs, compared: list[dict]) -> None:
+    """Learned schedules against uniform ones, budget by budget: those of ToMe, and those of the same reduction."""
+    orders = runs.settings["orders"]
+    shown = [*map(learned_name, orders), *(ORDERS[order].method for order in orders), "tome"]
     lines = []
     for budget in runs.settings["budgets"]:
-        at = [row for row in plain if row["target"] == 100 * budget]
+        at = [row for row in compared if row["target"] == 100 * budget]
         tome = next((row for row in at if row["method"] == "tome"), None)
-        learned = [row for row in at if row["method"] == LEARNED]
         if tome is None:
             continue
-        higher = sum(row["accuracy"] > tome["accuracy"] for row in learned)
-        lines += [
-            {
-                "group": budget,
-                "target": row["target"],
-                "learned_share": row["macs_share"],
-                "tome_share": tome["macs_share"],
-                "learned": row["accuracy"],
-                "tome": tome["accuracy"],
-                "higher": f"{higher} of {len(learned)}",
-            }
-            for row in learned
-        ]
+        for name in shown:
+            rows = [row for row in at if row["method"] == name]
+            higher = sum(row["accuracy"] > tome["accuracy"] for row in rows)
+            lower = sum(row["cross_entropy"] < tome["cross_entropy"] for row in rows)
+            found = {"higher": f"{higher} of {len(rows)}", "lower": f"{lower} of {len(rows)}"}
+            lines += [{**row, **(found if name != "tome" else dict.fromkeys(found, "-"))} for row in rows]
     if lines:
-        title = f"DiffRate's learned schedules against uniform ToMe at equal multiply-adds on {runs.name}, without training."
+        title = (
+            f"Learned schedules against uniform ones at equal multiply-adds on {runs.name}, without training"
+            f"{', on all test images' if runs.settings['whole'] else ''}. "
+            "diffrate sorts tokens by class attention, as published; diffrate_density by density peaks."
+        )
         tables.write(runs.context.results, f"{runs.name}_equal", title, lines, EQUAL_COLUMNS, receipts=())
 
 
-def _curves(runs: Runs, schedules: dict[float, list[Schedule]]) -> None:
+def _curves(runs: Runs, order: str, schedules: dict[float, list[Schedule]]) -> None:
     """Tokens after each layer that were learned, and how many of the removed ones were pruned."""
     lines = {}
     layers = list(range(1, runs.model.depth + 1))
@@ -171,7 +188,8 @@ def _curves(runs: Runs, schedules: dict[float, list[Schedule]]) -> None:
         for index, schedule in enumerate(found):
             lines[f"{100 * budget:g} %, seed {runs.seeds[index]}"] = (layers, schedule.counts)
     figure = plots.curves(lines, "layer", "tokens after the layer", levels=(runs.model.num_tokens,))
-    plots.save(figure, runs.context.results, f"{runs.name}_learned")
+    name = f"{runs.name}_learned" if order == PUBLISHED else f"{runs.name}_learned_{order}"
+    plots.save(figure, runs.context.results, name)
 
 
 def _picture(runs: Runs, schedules: dict[float, list[Schedule]]) -> None:

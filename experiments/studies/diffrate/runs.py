@@ -14,6 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from adaptive.rates.schedules import Schedule, Space, cost_of
+from adaptive.reduction.diffrate import ORDERS
 from experiments import data, search, tasks, train
 from experiments.evaluate import assess
 from experiments.progress import Progress
@@ -25,6 +26,13 @@ from experiments.train import TrainResult
 from layers.vit import ViT
 
 EVALUATION_BATCH = 64
+# The order in which tokens go in the paper, of `ORDERS`.
+PUBLISHED = "cls_attention"
+
+
+def learned_name(order: str) -> str:
+    """What tables call the rates that were learned for an order."""
+    return f"{ORDERS[order].method}, learned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +74,14 @@ class Runs:
       context: of the study; name: of the data set, and the folder of its runs.
       settings: `config`, `data` and the overrides `base`, `learn`, `tune`, from the study's suites.
       objectives: of searches, by seed and number of calibration images, once they are compiled.
+      rates: what `learned` found, by its arguments.
     """
 
     context: Context
     name: str
     settings: Mapping[str, Any]
     objectives: dict[tuple[int, int], search.Objective] = dataclasses.field(default_factory=dict, repr=False)
+    rates: dict[tuple[float, int, str], tuple[ConfigDict, Setup]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -104,20 +114,26 @@ class Runs:
         """A method under ToMe's constant schedule: about as many tokens go at every layer, at most half of them."""
         return Setup(method, self.space(budget, first=0, halving=True).linear(), budget=budget)
 
-    def learned(self, budget: float, seed: int) -> tuple[ConfigDict, Setup]:
-        """`(config, setup)` of DiffRate's rates, learned for a budget."""
-        config = self._config(
-            f"rates,target={budget}", {**self.settings["base"], **self.settings["learn"], "seed": seed}
-        )
-        params = graft(config, self.base[1].state.params)
-        result = self.context.train(f"{self.name}/rates-{budget:g}-seed{seed}", config, params=params)
-        task: LearnRates = tasks.build(config)
-        schedule = task.schedule(result.state.params)
-        return config, self.joint(schedule, "diffrate, learned", budget)
+    def learned(self, budget: float, seed: int, order: str = PUBLISHED) -> tuple[ConfigDict, Setup]:
+        """`(config, setup)` of DiffRate's rates, learned for a budget and an order of the tokens."""
+        if (budget, seed, order) not in self.rates:
+            self.rates[budget, seed, order] = self._learn(budget, seed, order)
+        return self.rates[budget, seed, order]
 
-    def joint(self, schedule: Schedule, label: str, budget: float) -> Setup:
+    def _learn(self, budget: float, seed: int, order: str) -> tuple[ConfigDict, Setup]:
+        arg, run = f"rates,target={budget}", f"rates-{budget:g}-seed{seed}"
+        if order != PUBLISHED:
+            arg, run = f"{arg},order={order}", f"{order}-{run}"
+        config = self._config(arg, {**self.settings["base"], **self.settings["learn"], "seed": seed})
+        params = graft(config, self.base[1].state.params)
+        result = self.context.train(f"{self.name}/{run}", config, params=params)
+        task: LearnRates = tasks.build(config)
+        method = ORDERS[order].method
+        return config, self.joint(task.schedule(result.state.params), learned_name(order), budget, method)
+
+    def joint(self, schedule: Schedule, label: str, budget: float, method: str = "diffrate") -> Setup:
         """A schedule of pruning and merging."""
-        return Setup("diffrate", schedule.merge, schedule.prune, label, budget)
+        return Setup(method, schedule.merge, schedule.prune, label, budget)
 
     def searched(
         self, method: str, budget: float, seed: int, trials: int, examples: int
@@ -159,6 +175,7 @@ class Runs:
         seed: int = 0,
         config: ConfigDict | None = None,
         tuned: bool = False,
+        whole: bool = False,
         more: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The row of a setup on the test split.
@@ -166,36 +183,38 @@ class Runs:
         Args:
           seed: of what led to the setup; config: of that, where it is not the dense model's.
           tuned: trained on under the schedule.
+          whole: on all test images, however few of them the suite looks at, and not timed.
           more: facts that stand in the row as well.
         """
-        kind = "tuned" if tuned else "plain"
+        kind = "tuned" if tuned else "whole" if whole else "plain"
         made_by = self.base[0] if config is None else config
         identifier = f"{self.name}/{kind}/{setup.name}-{setup.budget:g}-seed{seed}"
         made_by = apply_overrides(made_by.copy_and_resolve_references(), {**setup.overrides, "seed": seed})
         if tuned:
             made_by = apply_overrides(made_by, dict(self.settings["tune"]))
-        build = functools.partial(self._evaluate, setup, seed, tuned, dict(more or {}))
+        build = functools.partial(self._evaluate, setup, seed, kind, dict(more or {}))
         return self.context.rows.make(identifier, made_by, build)
 
-    def _evaluate(self, setup: Setup, seed: int, tuned: bool, more: dict[str, Any]) -> dict[str, Any]:
+    def _evaluate(self, setup: Setup, seed: int, kind: str, more: dict[str, Any]) -> dict[str, Any]:
         config, result = self.base
         run = f"{self.name}/base"
-        if tuned:
+        if kind == "tuned":
             config, result, run = self.tuned(setup, seed)
-        self.context.say(f"evaluating {self.name}: {setup.name} at {setup.budget:g}{' tuned' if tuned else ''}")
+        self.context.say(f"evaluating {self.name}: {setup.name} at {setup.budget:g} ({kind})")
         overrides = {**setup.overrides, "batch_size": EVALUATION_BATCH}
         changed = apply_overrides(config.copy_and_resolve_references(), overrides)
         task = tasks.build(changed)
         dataset = data.build(changed.data, split="test", batch_size=EVALUATION_BATCH, seed=0)
         program = train.build_program(changed, task, dataset.spec)
-        repeats = self.context.settings["repeats"]
-        sizes = dict(batches=self.context.settings["batches"] or None, speed=bool(repeats), repeats=repeats)
+        whole, repeats = kind == "whole", self.context.settings["repeats"]
+        batches = 0 if whole else self.context.settings["batches"]
+        sizes = dict(batches=batches or None, speed=bool(repeats) and not whole, repeats=repeats)
         found = assess(program, task, result.state.params, {}, dataset, **sizes)
         counts = setup.counts or (self.model.num_tokens,) * self.model.depth
         return {
-            "group": f"{self.name}/{'tuned' if tuned else 'plain'}/{setup.name}-{setup.budget:g}",
+            "group": f"{self.name}/{kind}/{setup.name}-{setup.budget:g}",
             "data": self.name,
-            "tuned": tuned,
+            "tuned": kind == "tuned",
             "method": setup.name,
             "target": 100 * setup.budget,
             "accuracy": 100 * found["accuracy"],
@@ -208,7 +227,7 @@ class Runs:
             # The dense row is compared with itself, which only measures noise.
             "realised": found.get("realised") if setup.method else 1.0,
             "milliseconds": found.get("milliseconds"),
-            "command": self.context.evaluate_command(run, "test", overrides),
+            "command": self.context.evaluate_command(run, "test", overrides, batches),
             **more,
         }
 

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from adaptive import flops
 from adaptive.rates import masked, proxy
 from adaptive.rates.schedules import Schedule
+from adaptive.reduction.diffrate import ORDERS
 from adaptive.tokens import Signals, TokenSet
 
 SPEC = flops.ViTSpec(patch_size=4, width=16, depth=3, mlp_dim=32, num_classes=5, image_size=(16, 16))
 CHOICES = proxy.candidates(16, 2)
+PUBLISHED = ORDERS["cls_attention"]
 
 
 def _logits(*shape, seed=0):
@@ -149,7 +151,7 @@ def test_descent_on_the_budget_alone_meets_it_within_a_percent():
 def _apply(prune_logits, merge_logits, tokens, signals):
     kept = [proxy.kept_tokens(logits, CHOICES) for logits in (prune_logits, merge_logits)]
     masks = [proxy.keep_mask(logits, CHOICES, 17) for logits in (prune_logits, merge_logits)]
-    return masked.prune_then_merge(tokens, signals, *kept, *masks)
+    return masked.prune_then_merge(tokens, signals, *kept, *masks, PUBLISHED)
 
 
 def test_masks_of_gone_tokens_pass_no_gradient_and_those_alive_do():
@@ -163,14 +165,51 @@ def test_masks_of_gone_tokens_pass_no_gradient_and_those_alive_do():
 
     def second(masks):
         kept = jnp.float32(6), jnp.float32(17)
-        return masked.prune_then_merge(first, signals, *kept, masks, jnp.ones(17)).keep
+        return masked.prune_then_merge(first, signals, *kept, masks, jnp.ones(17), PUBLISHED).keep
 
     hard = (jnp.arange(17) < 6).astype(jnp.float32)
     jacobian = np.asarray(jax.jacobian(lambda masks: second(masks)[0])(hard))
     np.testing.assert_array_equal(np.diag(jacobian), np.arange(17) < left)
     # An operation that removes nothing leaves the mask alone.
-    idle = jax.jacobian(lambda masks: masked.prune_then_merge(first, signals, 17.0, 17.0, masks, masks).keep)(hard)
+    numbers = 17.0, 17.0
+    idle = jax.jacobian(lambda m: masked.prune_then_merge(first, signals, *numbers, m, m, PUBLISHED).keep)(hard)
     np.testing.assert_array_equal(idle, 0)
+
+
+def test_masks_learn_what_merging_moves_where_means_are_weighted_by_mass():
+    """Ranks from 12 on are pruned, from 8 on merged; then a token more or less merges, or is pruned, by hand."""
+    rng = np.random.default_rng(0)
+    mass = jnp.asarray(rng.integers(1, 4, (1, 17)), jnp.float32)
+    tokens = TokenSet.create(jnp.asarray(rng.normal(size=(1, 17, 4)), jnp.float32), mass=mass)
+    alive, left = 12, 8
+
+    def after(prune_mask, merge_mask):
+        numbers = jnp.float32(alive), jnp.float32(left)
+        reduction = masked.prune_then_merge(
+            tokens, Signals(cls_token=True), *numbers, prune_mask, merge_mask, ORDERS["density"]
+        )
+        out = reduction.apply(tokens)
+        return (out.features * out.mass[..., None])[0], out.mass[0], (reduction.order[0], reduction.joins[0], out)
+
+    hard = [(jnp.arange(17) < number).astype(jnp.float32) for number in (alive, left)]
+    order, joins, out = after(*hard)[2]
+    moved = jax.jit(jax.jacobian(lambda p, m: after(p, m)[:2], argnums=(0, 1)))(*hard)
+    features, masses = ([np.asarray(leaf) for leaf in pair] for pair in moved)
+    assert np.all(joins[1:2] == -1) and np.all((joins[2:] >= 1) & (joins[2:] < np.minimum(np.arange(17), left)[2:]))
+    x, gone = np.asarray(tokens.features[0])[np.asarray(order)], np.asarray(out.mass[0])
+    for rank in range(2, 17):
+        to, own = joins[rank], gone[rank]
+        # One more in the mask of merging takes a merged token out of its slot, and says the same of one that stays.
+        want = -own * (rank < alive)
+        np.testing.assert_allclose(masses[1][:, rank], want * np.eye(17)[to], atol=1e-6)
+        if left <= rank < alive:
+            np.testing.assert_allclose(features[1][to, :, rank], -own * x[rank], atol=1e-4)
+        # One more in the mask of pruning lets a pruned or a merged token into its slot.
+        np.testing.assert_allclose(masses[0][:, rank], own * (rank >= left) * np.eye(17)[to], atol=1e-6)
+        if rank >= left:
+            np.testing.assert_allclose(features[0][to, :, rank], own * x[rank], atol=1e-4)
+    # As published, only attention tells.
+    assert _apply(_logits(8), _logits(8), tokens, Signals(cls_attention=mass, cls_token=True)).given is None
 
 
 def test_masked_attention_is_attention_among_the_keys_that_are_left():

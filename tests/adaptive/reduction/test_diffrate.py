@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from adaptive import registry
 from adaptive.tokens import Signals, TokenSet
 
-diffrate = registry.get("diffrate")
+diffrate, by_density = registry.get("diffrate"), registry.get("diffrate_density")
 
 
 def _world(seed=0, length=13, batch=2):
@@ -51,6 +51,35 @@ def test_it_is_the_restatement(alive, budget):
         np.testing.assert_array_equal(reduction.assign[row], assign)
         np.testing.assert_allclose(reduced.features[row], features, atol=1e-6)
     assert reduction.merges == (alive > budget)
+
+
+def _isolation(features, mass, neighbours=5):
+    """Mass times distance to the nearest denser patch, one image, in loops."""
+    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    squared = ((unit[1:, None] - unit[None, 1:]) ** 2).sum(-1)
+    spread = np.sort(squared, axis=-1)[:, :neighbours].mean(-1)
+    delta = [
+        np.sqrt(min((squared[i, j] for j in range(len(spread)) if spread[j] < spread[i]), default=squared.max()))
+        for i in range(len(spread))
+    ]
+    return np.concatenate([[0.0], mass[1:] * np.asarray(delta)])
+
+
+def test_by_density_heavy_tokens_far_from_denser_ones_stay_and_means_are_weighted():
+    tokens, _ = _world(3)
+    mass = np.random.default_rng(4).integers(1, 5, (2, 13)).astype(np.float32)
+    tokens = tokens.replace(mass=jnp.asarray(mass))
+    reduction = jax.jit(lambda t, s: by_density(t, s, 6, alive=9))(tokens, Signals(cls_token=True))
+    reduced = reduction.apply(tokens)
+    for row in range(2):
+        features = np.asarray(tokens.features[row])
+        _, assign = _restated(features, _isolation(features, mass[row]), 9, 6)
+        np.testing.assert_array_equal(reduction.assign[row], assign)
+        for slot in range(6):
+            members = assign == slot
+            want = np.average(features[members], axis=0, weights=mass[row][members])
+            np.testing.assert_allclose(reduced.features[row, slot], want, atol=1e-6)
+            assert reduced.mass[row, slot] == mass[row][members].sum()
 
 
 @functools.cache
@@ -113,6 +142,8 @@ def test_numbers_that_do_not_fit_are_errors():
             diffrate(tokens, signals, 6, alive=alive)
     with pytest.raises(ValueError, match="nothing can merge"):
         diffrate(tokens, signals, 1, alive=4)
+    with pytest.raises(ValueError, match="diffrate_density: alive=14"):
+        by_density(tokens, signals, 6, alive=14)
     assert diffrate(tokens, signals, 1, alive=1).num_slots == 1
     with pytest.raises(ValueError, match="needs the signal 'cls_attention'"):
         diffrate(tokens, Signals(cls_token=True), 6)

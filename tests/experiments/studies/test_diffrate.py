@@ -2,6 +2,7 @@
 """Published schedules against the published counts, and what fills their rows."""
 
 import io
+import types
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from adaptive.rates.schedules import Schedule
 from experiments import tasks
 from experiments.bench.diffrate import schedule_of
 from experiments.rundir import apply_overrides
-from experiments.studies.diffrate import published
+from experiments.studies.diffrate import compare, published
 from experiments.studies.diffrate.runs import Setup
 from experiments.studies.graft import graft
 from experiments.studies.study import Context
@@ -110,3 +111,21 @@ def test_without_images_no_row_is_measured(tmp_path):
     assert published.run(context) == []
     table = (epath.Path(tmp_path) / "imagenet_summary.md").read_text()
     assert table.count("not run") == 2 * len(published.SCHEDULES)
+
+
+def test_the_table_at_equal_compute_counts_the_seeds_that_are_better_than_tome(tmp_path):
+    def row(method, accuracy, cross_entropy):
+        found = {"target": 50.0, "macs_share": 50.0, "accuracy": accuracy, "cross_entropy": cross_entropy}
+        return {"group": method, "method": method, **found}
+
+    learned = [row("diffrate_density, learned", accuracy, loss) for accuracy, loss in ((70.0, 0.9), (69.0, 0.8))]
+    plain = [*learned, row("diffrate_density", 68.0, 0.85), row("tome", 69.5, 0.85), row("evit", 99.0, 0.1)]
+    context = types.SimpleNamespace(results=epath.Path(tmp_path))
+    settings = {"orders": ("density",), "budgets": (0.5, 0.4), "whole": True}
+    compare._equal(types.SimpleNamespace(settings=settings, context=context, name="x"), plain)
+    lines = (tmp_path / "x_equal_summary.md").read_text().splitlines()[4:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
+    assert [line[0] for line in cells] == ["diffrate_density, learned", "diffrate_density", "tome"]
+    assert [line[3] for line in cells] == ["1 of 2", "0 of 1", "-"]
+    # An equal cross-entropy is not below.
+    assert [line[5] for line in cells] == ["1 of 2", "0 of 1", "-"]

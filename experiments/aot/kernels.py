@@ -170,10 +170,7 @@ def _block_sparse_attention(implementation: str) -> Iterator[Case]:
         def attend(arrays: Any, index: Any, causal: bool = spec.causal) -> Any:
             return block_sparse_attention(**arrays, index=index, causal=causal, implementation=implementation)
 
-        if spec.gradients:
-            yield Case(name, "forward and backward", _both(attend), (query, arrays, index))
-        else:
-            yield Case(name, "forward", attend, (arrays, index))
+        yield Case(name, "forward and backward", _both(attend), (query, arrays, index))
 
 
 def _biased_flash_attention(implementation: str) -> Iterator[Case]:

@@ -64,7 +64,7 @@ def biased_attention(
     Raises:
       ValueError: shapes do not fit, or an unknown `softmax`.
       NotImplementedError: the named implementation is not there or cannot do it: TPUs and GPUs take no `bias` of all pairs; on
-        TPUs, for gradients or with a `PositionBias`, the keys of a head (and its queries) must fit in VMEM; on GPUs heads
+        TPUs positions of a head's keys and queries, and for column statistics its queries, must fit in VMEM; on GPUs heads
         are at most 256 wide, or 128 with a `PositionBias` (64 in float32).
 
     Source: key bias log(size): Bolya et al. 2023, eq. 1; softmax off by one: Miller 2023, as used by Kallini et al. 2025.

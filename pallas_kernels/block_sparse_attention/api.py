@@ -71,9 +71,8 @@ def block_sparse_attention(
 
     Raises:
       ValueError: shapes do not fit each other or the index, an unknown `softmax`, or sinks beside softmax off by one.
-      NotImplementedError: the named implementation is not there or cannot do it: on TPUs blocks are multiples of 128, and for
-        gradients the keys, and the queries, of a head must fit in VMEM; on GPUs blocks are multiples of 16, and heads at most
-        256 wide.
+      NotImplementedError: the named implementation is not there or cannot do it: on TPUs blocks are multiples of 128; on GPUs
+        they are multiples of 16, and heads at most 256 wide.
 
     Source: online softmax over blocks: Dao et al. 2022, algorithm 1; backward from the log-sum-exp: Dao 2023, algorithm 2.
     """

@@ -14,7 +14,6 @@ class Spec:
       batch, queries, keys, heads, kv_heads, width: sizes of the arrays.
       block_q, block_k, capacity: of the lists; lists: heads that have lists of their own.
       causal, key_bias, sinks: what the call uses; tiles: distinct partial tiles.
-      gradients: whether it is differentiated too.
     """
 
     queries: int
@@ -32,7 +31,6 @@ class Spec:
     sinks: bool = False
     tiles: int = 0
     dtype: str = "bfloat16"
-    gradients: bool = True
 
 
 SPECS = {
@@ -47,8 +45,8 @@ SPECS = {
     # Blocks of 512 at a quarter of the density.
     "blocks_512": Spec(4096, 4096, 8, 8, 128, 512, 512, capacity=2, lists=8, causal=True),
     "blocks_512_wide": Spec(2048, 2048, 8, 8, 256, 512, 512, capacity=2, lists=8, causal=True),
-    # Llama-3.1-8B prefill of 262,144 tokens: 128 MiB of keys and values a head, which no TPU holds.
-    "llama_8b_long": Spec(2**18, 2**18, 32, 8, 128, 512, 512, capacity=32, lists=8, causal=True, gradients=False),
+    # Llama-3.1-8B on 262,144 tokens, a quarter of the heads a device: a head's keys and values are 128 MiB, which no TPU holds.
+    "llama_8b_long": Spec(2**18, 2**18, 8, 2, 128, 512, 512, capacity=32, lists=2, causal=True),
     # Float32 keeps all bits of its operands.
     "float32": Spec(1024, 1024, 4, 4, 64, 128, 128, capacity=4, dtype="float32"),
 }

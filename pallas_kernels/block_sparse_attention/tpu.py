@@ -56,7 +56,7 @@ def forward(
         "start": start,
         "query": parts.rows_first(query.astype(jnp.float32) * (scale * LOG2E), dtype),
         "key": parts.rows_first(key, dtype),
-        "value": parts.columns_first(value, dtype),
+        "value_columns": parts.columns_first(value, dtype),
     }
     list_specs, count_specs = parts.table_specs(index, plan, heads, len(lists))
     specs = {
@@ -65,7 +65,7 @@ def forward(
         "start": pl.BlockSpec(memory_space=pltpu.SMEM),
         "query": parts.rows(plan, width),
         "key": parts.whole(args["key"], heads, plan.listed_length, width),
-        "value": parts.whole(args["value"], heads, width, plan.listed_length),
+        "value_columns": parts.whole(args["value_columns"], heads, width, plan.listed_length),
     }
     parts.add_masks(args, specs, parts.bias_columns(key_bias, index.keys, plan.listed_length, plan.listed), bank)
     lookup = positions.add(args, specs, bias, plan, own_queries=True)
@@ -77,7 +77,9 @@ def forward(
     }
     written = width * dtype.itemsize + 32
     if not parts.fits(specs, args, scratch, plan, "keys", written):
-        args, specs, scratch = tpu_stream.streamed(args, specs, scratch, plan, key, value)
+        args, specs, scratch = tpu_stream.streamed(
+            args, specs, scratch, plan, put=("key",), use=("value_columns", "bias")
+        )
     specs, params = parts.fit(specs, args, scratch, plan, "keys", written)
     out, lse = pl.pallas_call(
         functools.partial(
@@ -124,12 +126,12 @@ def _kernel(
     state[1] = jnp.full(state.shape[1:], 1.0 if sunk else 0.0)
     out[...] = jnp.zeros(out.shape, jnp.float32)
 
-    stream = tpu_stream.Stream(inputs, scratch, plan, pl.num_programs(1)) if "buffers" in scratch else None
+    stream = tpu_stream.of(inputs, scratch, plan)
     if stream is None:
 
         @pl.when(step == 0)
         def _() -> None:
-            parts.clear(inputs, ("key",), keys, plan.listed_length, by_columns=("value",))
+            parts.clear(inputs, ("key",), keys, plan.listed_length, by_columns=("value_columns",))
 
     # What idle items leave in the spare list is never read.
     masks = causal or plan.width > 1
@@ -143,7 +145,9 @@ def _kernel(
         for t in range(len(pieces)):
             query = inputs["query"][pl.ds(first(row) + t * plan.chunk, plan.chunk), :]
             for w, number in enumerate(ids):
-                key = inputs["key"][parts.span(plan, number), :] if stream is None else stream.at("key", buffer, w)
+                key = (
+                    inputs["key"][parts.span(plan, number), :] if stream is None else stream.at("put", "key", buffer, w)
+                )
                 scratch["logits"][buffer][t, w] = parts.product(key, query, 1, 1)
 
     def place(row: Any) -> Any:
@@ -175,7 +179,9 @@ def _kernel(
                 rows = pl.ds(k, plan.depth)
                 x = scratch["logits"][buffer][t, w, rows, :]
                 if "bias" in inputs:
-                    bias = inputs["bias"][ids[w], rows, :] if stream is None else stream.at("bias", buffer, w, rows)
+                    bias = (
+                        inputs["bias"][ids[w], rows, :] if stream is None else stream.at("use", "bias", buffer, w, rows)
+                    )
                     x += parts.wide(bias, plan.chunk)
                 if constant is not None:
                     x += constant
@@ -196,9 +202,9 @@ def _kernel(
             fresh = []
             for (w, k, _), x in zip(squares, weights, strict=True):
                 if stream is None:
-                    value = inputs["value"][:, parts.span(plan, ids[w], k, plan.depth)]
+                    value = inputs["value_columns"][:, parts.span(plan, ids[w], k, plan.depth)]
                 else:
-                    value = stream.at("value", buffer, w, slice(None), pl.ds(k, plan.depth))
+                    value = stream.at("use", "value_columns", buffer, w, slice(None), pl.ds(k, plan.depth))
                 fresh.append(parts.product(value, x.astype(value.dtype), 1, 0))
             out[row, :, piece] = sum(fresh, out[row, :, piece] * shrink)
 

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
-from pallas_kernels.block_sparse_attention import tpu_plan
+from pallas_kernels.block_sparse_attention import tpu_plan, tpu_stream
 from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LANES, LN2, LOG2E, Plan
@@ -47,7 +47,7 @@ def backward(
     """Gradients of query, key, value, key_bias and, with a `bias`, of its table; products in the dtype of `query`.
 
     Raises:
-      NotImplementedError: blocks that are not multiples of 128, or rows of a head that do not fit in VMEM.
+      NotImplementedError: blocks that are not multiples of 128, or positions of more rows than fit in VMEM.
     """
     options = dict(causal=causal, interpret=interpret, bias=bias)
     scaled = (query.astype(jnp.float32) * (scale * LOG2E)).astype(query.dtype)
@@ -108,6 +108,10 @@ def _query_gradient(
         sums = (len(lookup.steps.buckets), *positions.REGISTER)
         out_specs["table"] = pl.BlockSpec((None, None, *sums), lambda i, j, s: (i, j, 0, 0, 0))
         out_shape["table"] = jax.ShapeDtypeStruct((batch, heads, *sums), jnp.float32)
+    if not parts.fits(specs, args, scratch, plan, "keys", 4 * width):
+        args, specs, scratch = tpu_stream.streamed(
+            args, specs, scratch, plan, put=("key", "value"), use=("key_columns", "bias")
+        )
     specs, params = parts.fit(specs, args, scratch, plan, "keys", 4 * width)
     outs = pl.pallas_call(
         functools.partial(_query_kernel, plan=plan, causal=causal, sizes=(index.queries, index.keys), lookup=lookup),
@@ -131,9 +135,12 @@ def _query_kernel(
     step, out, offset = pl.program_id(2), scratch["out"], sizes[1] - sizes[0]
     out[...] = jnp.zeros(out.shape, jnp.float32)
 
-    @pl.when(step == 0)
-    def _() -> None:
-        parts.clear(inputs, ("key", "value"), sizes[1], plan.listed_length, by_columns=("key_columns",))
+    stream = tpu_stream.of(inputs, scratch, plan)
+    if stream is None:
+
+        @pl.when(step == 0)
+        def _() -> None:
+            parts.clear(inputs, ("key", "value"), sizes[1], plan.listed_length, by_columns=("key_columns",))
 
     if lookup is not None:
 
@@ -159,9 +166,10 @@ def _query_kernel(
         for t, chunk in enumerate(chunks):
             rows = pl.ds(first(row) + chunk, plan.chunk)
             for w, number in enumerate(ids):
-                listed = parts.span(plan, number)
+                span = parts.span(plan, number)
                 for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
-                    scratch[name][buffer][t, w] = parts.product(inputs[left][listed, :], inputs[right][rows, :], 1, 1)
+                    listed = inputs[left][span, :] if stream is None else stream.at("put", left, buffer, w)
+                    scratch[name][buffer][t, w] = parts.product(listed, inputs[right][rows, :], 1, 1)
 
     def place(row: Any) -> Any:
         return step * plan.rows + jnp.minimum(row, plan.rows - 1)
@@ -191,14 +199,20 @@ def _query_kernel(
                 rows = pl.ds(k, plan.depth)
                 x = scratch["logits"][buffer][t, w, rows, :]
                 if "bias" in inputs:
-                    x += parts.wide(inputs["bias"][ids[w], rows, :], plan.chunk)
+                    bias = (
+                        inputs["bias"][ids[w], rows, :] if stream is None else stream.at("use", "bias", buffer, w, rows)
+                    )
+                    x += parts.wide(bias, plan.chunk)
                 if lookup is not None:
                     x += constant if constant is not None else positions.square(inputs, lookup, ids[w], rows, own)
                 if "bank" in inputs:
                     x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
                 x = parts.masked(x, limit + chunk) if mask and masks else x
                 dlogits = jnp.exp2(x - lse) * (scratch["dweights"][buffer][t, w, rows, :] - delta)
-                columns = inputs["key_columns"][:, parts.span(plan, ids[w], k, plan.depth)]
+                if stream is None:
+                    columns = inputs["key_columns"][:, parts.span(plan, ids[w], k, plan.depth)]
+                else:
+                    columns = stream.at("use", "key_columns", buffer, w, slice(None), rows)
                 fresh.append(parts.product(columns, dlogits.astype(columns.dtype), 1, 0))
                 if lookup is not None:
                     found.append(dlogits)
@@ -209,7 +223,7 @@ def _query_kernel(
         elif lookup is not None:
             positions.sum_bucket(inputs, lookup, found, outs["table"], place(row), ids[0], row < plan.rows)
 
-    tpu_plan.walk(inputs["counts"], plan, put, use, opens)
+    tpu_plan.walk(inputs["counts"], plan, put, use, opens, stream)
     for row in range(plan.rows):
         outs["query"][:, pl.ds(row * plan.own, plan.own)] = out[row]
 
@@ -261,7 +275,12 @@ def _key_gradients(
         "logits": [squares] * 2,
         "dweights": [squares] * 2,
     }
-    specs, params = parts.fit(specs, args, scratch, plan, "queries", sum(4 * size for size in sums.values()))
+    written = sum(4 * size for size in sums.values())
+    if not parts.fits(specs, args, scratch, plan, "queries", written):
+        args, specs, scratch = tpu_stream.streamed(
+            args, specs, scratch, plan, put=("query", "dout"), use=("query", "dout", "lse", "delta")
+        )
+    specs, params = parts.fit(specs, args, scratch, plan, "queries", written)
     outs = pl.pallas_call(
         functools.partial(_key_kernel, plan=plan, causal=causal, sizes=(index.queries, index.keys), lookup=lookup),
         grid=(batch, heads, plan.tiles),
@@ -289,9 +308,12 @@ def _key_kernel(
 ) -> None:
     step, sums, offset = pl.program_id(2), scratch["sums"], sizes[1] - sizes[0]
 
-    @pl.when(step == 0)
-    def _() -> None:
-        parts.clear(inputs, ("query", "dout"), sizes[0], plan.listed_length)
+    stream = tpu_stream.of(inputs, scratch, plan)
+    if stream is None:
+
+        @pl.when(step == 0)
+        def _() -> None:
+            parts.clear(inputs, ("query", "dout"), sizes[0], plan.listed_length)
 
     for total in sums.values():
         total[...] = jnp.zeros(total.shape, jnp.float32)
@@ -306,9 +328,10 @@ def _key_kernel(
         for t, chunk in enumerate(chunks):
             rows = pl.ds(first(row) + chunk, plan.chunk)
             for w, number in enumerate(ids):
-                listed = parts.span(plan, number)
+                span = parts.span(plan, number)
                 for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
-                    scratch[name][buffer][t, w] = parts.product(inputs[left][rows, :], inputs[right][listed, :], 1, 1)
+                    listed = inputs[right][span, :] if stream is None else stream.at("put", right, buffer, w)
+                    scratch[name][buffer][t, w] = parts.product(inputs[left][rows, :], listed, 1, 1)
 
     def place(row: Any) -> Any:
         return step * plan.rows + jnp.minimum(row, plan.rows - 1)
@@ -342,12 +365,15 @@ def _key_kernel(
                 if "bank" in inputs:
                     x += inputs["bank"][tiles[0][w], piece, columns].astype(jnp.float32)
                 x = parts.masked(x, limit - chunk) if mask and masks else x
-                weights = jnp.exp2(x - inputs["lse"][ids[w], :, columns])
-                dlogits = weights * (
-                    scratch["dweights"][buffer][t, w, :, columns] - inputs["delta"][ids[w], :, columns]
-                )
-                listed = parts.span(plan, ids[w], q, plan.depth)
-                queries, douts = inputs["query"][listed, :], inputs["dout"][listed, :]
+                if stream is None:
+                    listed = parts.span(plan, ids[w], q, plan.depth)
+                    lse, delta = (inputs[name][ids[w], :, columns] for name in ("lse", "delta"))
+                    queries, douts = (inputs[name][listed, :] for name in ("query", "dout"))
+                else:
+                    lse, delta = (stream.at("use", name, buffer, w, slice(None), columns) for name in ("lse", "delta"))
+                    queries, douts = (stream.at("use", name, buffer, w, columns) for name in ("query", "dout"))
+                weights = jnp.exp2(x - lse)
+                dlogits = weights * (scratch["dweights"][buffer][t, w, :, columns] - delta)
                 fresh["key"].append(parts.product(dlogits.astype(queries.dtype), queries, 1, 0))
                 fresh["value"].append(parts.product(weights.astype(douts.dtype), douts, 1, 0))
                 if "bias" in sums:
@@ -355,7 +381,7 @@ def _key_kernel(
             for name, added in fresh.items():
                 sums[name][row, piece, :] = sum(added, sums[name][row, piece, :])
 
-    tpu_plan.walk(inputs["counts"], plan, put, use, opens)
+    tpu_plan.walk(inputs["counts"], plan, put, use, opens, stream)
     for name, total in sums.items():
         for row in range(plan.rows):
             outs[name][pl.ds(row * plan.own, plan.own), :] = total[row]

@@ -147,7 +147,7 @@ def which(size: int, heads: int) -> Callable[[Any], Any]:
 
 # Arrays of the listed side by its name.
 _LISTED = {
-    "keys": {"key", "key_columns", "value", "bias", "key_positions"},
+    "keys": {"key", "key_columns", "value", "value_columns", "bias", "key_positions"},
     "queries": {"query", "dout", "lse", "delta", "weight", "query_positions"},
 }
 

@@ -232,11 +232,11 @@ def walk(
         def work(mask: bool) -> None:
             for buffer, item, ahead in ((0, first, second), (1, second, third)):
                 if stream is not None:
-                    stream.start("key", buffer, *after(*ahead))
-                    stream.start("value", 1 - buffer, *ahead)
+                    stream.start("put", buffer, *after(*ahead))
+                    stream.start("use", 1 - buffer, *ahead)
                     # Nothing may wait between the two: the compiler works them side by side.
-                    stream.wait("key", 1 - buffer)
-                    stream.wait("value", buffer)
+                    stream.wait("put", 1 - buffer)
+                    stream.wait("use", buffer)
                 put(1 - buffer, *ahead)
                 use(buffer, own(item[0]), item[1], counts[0, item[0]], mask)
 
@@ -249,13 +249,13 @@ def walk(
 
     first = (jnp.int32(0), jnp.int32(0))
     if stream is not None:
-        stream.start("key", 0, *first)
-        stream.start("key", 1, *after(*first))
-        stream.start("value", 0, *first)
-        stream.wait("key", 0)
+        stream.start("put", 0, *first)
+        stream.start("put", 1, *after(*first))
+        stream.start("use", 0, *first)
+        stream.wait("put", 0)
     put(0, *first)
     jax.lax.fori_loop(0, counts[0, plan.rows + 1] // 2, pair, first)
     if stream is not None:
         # What was fetched for items after the last one.
-        stream.wait("key", 1)
-        stream.wait("value", 0)
+        stream.wait("put", 1)
+        stream.wait("use", 0)

@@ -83,8 +83,8 @@ def add(
             _add_ranges(args, specs, "square_" + name, rows, LANES)
     # Softmax is in base 2.
     table = bias.table.astype(jnp.float32).T * LOG2E
-    window = [int(np.searchsorted(steps.places, lookup.first + lane, side="right")) for lane in range(LANES)]
-    window = table[:, np.asarray([steps.buckets[number] for number in window])]
+    numbers = np.searchsorted(steps.places, lookup.first + np.arange(LANES), side="right")
+    window = table[:, np.asarray(steps.buckets)[numbers]]
     args["window"] = jnp.broadcast_to(window[:, None], (window.shape[0], *REGISTER))
     specs["window"] = pl.BlockSpec((None, *REGISTER), lambda i, j, s: (j, 0, 0))
     args["table"], specs["table"] = table, pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -104,7 +104,7 @@ def _add_ranges(args: dict[str, Any], specs: dict[str, Any], name: str, rows: In
 def far(inputs: Any, lookup: Lookup, own: Any, listed: Any, size: str = "") -> tuple[Any, Any]:
     """Whether all pairs of an own piece and a listed one lie in the first bucket, and whether in the last.
 
-    `size` is "" for blocks, or the prefix that `add_ranges` was given.
+    `size` is "" for blocks, or the prefix of finer pieces.
     """
     ends = [
         (inputs[size + name][0, 2 * piece], inputs[size + name][0, 2 * piece + 1])
@@ -143,6 +143,7 @@ def square(inputs: Any, lookup: Lookup, number: Any, listed: Any, own: Any) -> F
     def piece(place: Int[Array, "k 128"]) -> Float[Array, "k 128"]:
         lanes = jnp.clip(place, 0, LANES - 1)
         found = jnp.take_along_axis(window, lanes, axis=1, mode="promise_in_bounds")
+        # Changes behind the window, then those before it, each from the nearest on.
         for at, step, _, after in changes:
             if step > lookup.first and step not in inside:
                 found = jnp.where(place >= at, inputs["table"][head, after], found)

@@ -103,11 +103,15 @@ def test_keys_that_do_not_fit_are_fetched_as_they_are_listed(block, monkeypatch)
     inputs = _inputs(heads=2, groups=2, queries=3 * 128, keys=length)
     mask = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]], bool)
     index = bsa.from_block_mask(mask[None, None], queries=3 * 128, keys=length, block_q=128, block_k=block)
+    if block == 128:
+        # Traced anew, as what fits is no argument.
+        fresh = jax.jit(lambda *args: _kernels(*args), static_argnums=3, compiler_options=QUICK)
+        _compare(index, True, ("key_bias",), inputs, run=fresh)
+        return
     arrays = {name: inputs[name] for name in ("query", "key", "value", "key_bias")}
     run = functools.partial(bsa.block_sparse_attention, implementation="interpret", causal=True, return_lse=True)
-    jitted = jax.jit(lambda arrays: run(index=index, **arrays), compiler_options=QUICK)
-    expected = reference.block_sparse_attention(index=index, causal=True, **arrays)
-    for mine, other in zip(jitted(arrays), expected, strict=True):
+    found = jax.jit(lambda arrays: run(index=index, **arrays), compiler_options=QUICK)(arrays)
+    for mine, other in zip(found, reference.block_sparse_attention(index=index, causal=True, **arrays), strict=True):
         np.testing.assert_allclose(mine, other, **EXACT)
 
 
@@ -152,19 +156,20 @@ def test_refusals_name_what_would_do(implementation):
     run = functools.partial(bsa.block_sparse_attention, implementation=implementation)
     with pytest.raises(NotImplementedError, match="block_q=64 is not a multiple of 128; the nearest supported is 128"):
         jax.eval_shape(run, *_abstract(512, 64))
+
+
+def test_keys_and_queries_may_be_more_than_fit():
     *arrays, index = _abstract(2**20, 512)
-    assert jax.eval_shape(run, *arrays, index).shape == arrays[0].shape
-    with pytest.raises(
-        NotImplementedError, match=r"1048576 keys of one head need .* MiB .* the longest supported is \d+"
-    ):
-        jax.eval_shape(jax.grad(lambda q, k, v, i: jnp.sum(run(q, k, v, i)).astype(jnp.float32)), *arrays, index)
-
-
-def test_what_only_the_gradient_cannot_do_is_refused_before_the_forward_pass_is_chosen():
-    """A length between the limits of the two passes: the output alone is fine, and its gradient says what the limit is."""
-    args = _abstract(80 * 1024, 512)
     run = functools.partial(bsa.block_sparse_attention, implementation="interpret")
-    jax.eval_shape(run, *args)
-    *arrays, index = args
-    with pytest.raises(NotImplementedError, match="81920 keys of one head"):
+    grads = jax.grad(lambda q, k, v, i: jnp.sum(run(q, k, v, i)).astype(jnp.float32), argnums=(0, 1, 2))
+    assert [leaf.shape for leaf in jax.eval_shape(grads, *arrays, index)] == [leaf.shape for leaf in arrays]
+
+
+def test_what_only_the_gradient_cannot_do_is_refused_before_the_forward_pass_is_chosen(monkeypatch):
+    """Scratch between what the two passes need: the output alone is fine, and its gradient says what is missing."""
+    *arrays, index = _abstract(1024, 512)
+    monkeypatch.setattr(tpu_plan, "_VMEM_BYTES", 8 * 2**20)
+    run = functools.partial(bsa.block_sparse_attention, implementation="interpret")
+    jax.eval_shape(run, *arrays, index)
+    with pytest.raises(NotImplementedError, match=r"keys of one head need .* MiB of VMEM"):
         jax.eval_shape(jax.grad(lambda q, k, v, i: jnp.sum(run(q, k, v, i)).astype(jnp.float32)), *arrays, index)

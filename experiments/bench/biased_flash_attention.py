@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention with a bias for each key and its column sums at the named shapes, against dense attention without a bias.
 
+Shapes with buckets have T5's bias of relative positions too.
 `realised` is the time of `jax.nn.dot_product_attention` (cuDNN's on a GPU, where it takes the dtype) over ours;
 `gradients_share` is our forward and backward pass over its; `statistics_share` is the time of the column sums over that of its
 forward pass.
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from experiments import measure
 from experiments.bench.block_sparse_attention import both, dense_peer
 from pallas_kernels.biased_flash_attention import attention_column_stats, biased_attention, specs
+from pallas_kernels.position_bias import PositionBias
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,16 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield _row(options, name, specs.NAMED[name])
 
 
+def _positions(spec: specs.Spec) -> PositionBias | None:
+    """T5's bias where the shape has buckets: positions with gaps, as a deletion leaves them."""
+    if not spec.buckets:
+        return None
+    table, places = jax.random.split(jax.random.key(1))
+    kept = jax.random.uniform(places, (spec.batch, 2 * spec.tokens))
+    positions = jnp.sort(jnp.argsort(kept, axis=1)[:, : spec.tokens], axis=1).astype(jnp.int32)
+    return PositionBias(jax.random.normal(table, (spec.buckets, spec.heads)), positions, positions)
+
+
 def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, Any]:
     keys, peer = jax.random.split(jax.random.key(0), 4), dense_peer(spec.dtype)
     query, key, value = (
@@ -40,7 +52,8 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
         for k, heads in zip(keys[:3], (spec.heads, spec.groups, spec.groups), strict=True)
     )
     mass = jnp.log1p(jax.random.uniform(keys[3], (spec.batch, spec.tokens)))
-    shared = {"causal": spec.causal, "softmax": spec.softmax, "implementation": options.implementation}
+    bias = _positions(spec)
+    shared = {"causal": spec.causal, "softmax": spec.softmax, "bias": bias, "implementation": options.implementation}
 
     def dense(*a: Any) -> Any:
         return jax.nn.dot_product_attention(*a, is_causal=spec.causal, implementation=peer)

@@ -2,7 +2,7 @@
 # Both targets need nothing but Python 3.11 to 3.13; they make a virtual environment of their own in .venv.
 #   make reproduce    the headline tables on embedded data (about 20 minutes on four CPU cores)
 #   make test         the whole test suite, but for
-#   make test-chips   kernels compiled for TPU v4, v5p and v6e (make test compiles them for v5e; both need no TPU)
+#   make test-chips   kernels compiled for TPU v4, v5p and v6e, and steps of more configs (make test compiles kernels for v5e)
 #   make lint         ruff, with the settings of pyproject.toml
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile -m "not every_chip"
 
 test-chips: $(VENV)/installed
-	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=worksteal -m every_chip tests/pallas_kernels
+	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=worksteal -m every_chip
 
 lint: $(VENV)/installed
 	$(VENV)/bin/python -m ruff check .

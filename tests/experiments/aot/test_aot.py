@@ -34,7 +34,7 @@ def test_a_kernels_schedule_is_read(tmp_path):
     matched = 0
     for row in rows:
         (kernel,) = row["kernels"]
-        assert row["kernel_calls"] == 1 and kernel["schedule_us"] > 0 and row["other_us"] > 0
+        assert row["kernel_calls"] == 1 and kernel["schedule_us"] > 0 and row["other_us"] >= 0
         if kernel["name"].startswith("bipartite_match"):
             (grid,) = kernel["regions"]
             assert grid["kind"] == "loop" and grid["trips"] > 1 and grid["matmul_slots"] > 0
@@ -46,9 +46,9 @@ def test_a_kernels_schedule_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "preset"),
     [
-        ("configs/mrt5/continuation.py:gate=mrt5,runlocal", "dp"),
+        pytest.param("configs/mrt5/continuation.py:gate=mrt5,runlocal", "dp", marks=pytest.mark.every_chip),
+        pytest.param("configs/acm/text.py:runlocal", "dp", marks=pytest.mark.every_chip),
         ("configs/decoder/text.py:runlocal", "fsdp"),
-        ("configs/acm/text.py:runlocal", "dp"),
     ],
 )
 def test_a_config_is_compiled_with_its_kernels_for_all_devices_of_a_machine(config, preset):

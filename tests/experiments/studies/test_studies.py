@@ -57,6 +57,8 @@ SETTINGS["diffrate"] = dict(
             seeds=(1,),
             budgets=(0.8,),
             tuned_budgets=(),
+            orders=("cls_attention",),
+            whole=False,
             baselines=("tome",),
             search=dict(budget=0.8, trials=2, examples=64, methods=("evopress",)),
         ),

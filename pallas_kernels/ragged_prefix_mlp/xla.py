@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS, live
+from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
 from pallas_kernels.ragged_prefix_mlp.sort import permute
 
 # Rows of a tile in a loop over one unit.
 _TILE = 128
 # Rows of the staircase's tiles, each a divisor of the one before: large ones reuse more of what they read, small ones waste
 # less at the end of a level.
-_TILES = (256, 64)
+_TILES = (256, 64, 32)
 # How a tile's rows are gathered and put back: their places are in bounds, and no two are the same.
 _EACH_ONCE = {"mode": "promise_in_bounds", "unique_indices": True}
 
@@ -70,36 +70,35 @@ def _runs(length: int, counts: Array) -> list[tuple[int, int, Array, Array]]:
     return runs
 
 
-def _prefixes(units: int, up: Array, bias: Array, down: Array) -> list[tuple[Array, Array, Array]]:
-    """The weights of the first unit, of the first two, and so on: products for all units of a tile are larger than for each.
-
-    Cut once, since a cut in a loop would copy them every time.
-    """
-    ends = (up.shape[1] // units * number for number in range(1, units + 1))
-    return [(up[:, :end], bias[:end], down[:end]) for end in ends]
+def _split(units: int, up: Array, bias: Array, down: Array) -> list[tuple[Array, Array, Array]]:
+    """The weights of each unit by itself; cut once, since a cut in a loop or for each level would copy them every time."""
+    cuts = jnp.split(up, units, axis=1), jnp.split(bias, units), jnp.split(down, units)
+    return list(zip(*cuts, strict=True))
 
 
-def _tile_of(activation: str, counts: Array, weights: tuple[Array, Array, Array], start: Array, tile: Array) -> Array:
-    """The output of rows from `start` on, in float32, with those units of `weights` that each of them needs."""
-    up, bias, down = weights
-    hidden = ACTIVATIONS[activation](_dot(tile, up) + bias.astype(jnp.float32))
-    hidden = jnp.where(live(tile.shape[0], counts - start, up.shape[1]), hidden, 0)
-    return _dot(hidden.astype(tile.dtype), down)
+def _tile_of(activation: str, counts: Array, weights: list, start: Array, tile: Array) -> Array:
+    """The output of rows from `start` on, in float32, with the units of `weights` that each of them needs."""
+    total = 0.0
+    for (up, bias, down), count in zip(weights, counts, strict=False):
+        hidden = ACTIVATIONS[activation](_dot(tile, up) + bias.astype(jnp.float32))
+        hidden = jnp.where(_live(count, start, tile.shape[0]), hidden, 0)
+        total += _dot(hidden.astype(tile.dtype), down)
+    return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _staircase(activation, rows, order, inverse, counts, up, bias, down, base):
     del inverse
-    weights = _prefixes(counts.shape[0], up, bias, down)
+    weights = _split(counts.shape[0], up, bias, down)
     out = base
     for units, tile, first, number in _runs(rows.shape[0], counts):
 
-        def step(index, out, units=units, tile=tile, first=first):
+        def step(index, out, own=weights[:units], tile=tile, first=first):
             start = first + index * tile
             places = jax.lax.dynamic_slice_in_dim(order, start, tile)
-            part = rows.at[places].get(**_EACH_ONCE)
-            value = _tile_of(activation, counts[:units], weights[units - 1], start, part)
-            return out.at[places].add(value.astype(out.dtype), **_EACH_ONCE)
+            value = _tile_of(activation, counts, own, start, rows.at[places].get(**_EACH_ONCE))
+            value += out.at[places].get(**_EACH_ONCE)
+            return out.at[places].set(value.astype(out.dtype), **_EACH_ONCE)
 
         out = jax.lax.fori_loop(0, number, step, out)
     return out
@@ -114,27 +113,26 @@ def _staircase_backward(activation, saved, moved):
     """The same loops over sorted copies, computing each tile again."""
     rows, order, inverse, counts, up, bias, down = saved
     rows, sorted_moved = _needed(permute(rows, order, inverse), counts), permute(moved, order, inverse)
-    weights = _prefixes(counts.shape[0], up, bias, down)
+    weights = _split(counts.shape[0], up, bias, down)
     # Sums over tiles stay in float32, whatever the weights' dtype.
-    sums = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in (up, bias, down)]
+    sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), weights)
     row_grads = jnp.zeros_like(rows)
     for units, tile, first, number in _runs(rows.shape[0], counts):
 
-        def step(index, carry, units=units, tile=tile, first=first):
+        def step(index, carry, own=weights[:units], tile=tile, first=first):
             sums, row_grads = carry
             start = first + index * tile
             part, part_moved = (jax.lax.dynamic_slice_in_dim(leaf, start, tile) for leaf in (rows, sorted_moved))
-            own = functools.partial(_tile_of, activation, counts[:units])
-            value, pull = jax.vjp(lambda w, t: own(w, start, t), weights[units - 1], part)
+            value, pull = jax.vjp(lambda w, t: _tile_of(activation, counts, w, start, t), own, part)
             grads, row_grad = pull(part_moved.astype(value.dtype))
-            sums = [total + grad.astype(total.dtype) for total, grad in zip(sums, grads, strict=True)]
+            sums = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
             return sums, jax.lax.dynamic_update_slice_in_dim(row_grads, row_grad, start, 0)
 
-        zeros = [jnp.zeros(leaf.shape, total.dtype) for leaf, total in zip(weights[units - 1], sums, strict=True)]
-        parts, row_grads = jax.lax.fori_loop(0, number, step, (zeros, row_grads))
-        places = [tuple(slice(size) for size in part.shape) for part in parts]
-        sums = [total.at[place].add(part) for total, place, part in zip(sums, places, parts, strict=True)]
-    grads = (grad.astype(leaf.dtype) for grad, leaf in zip(sums, (up, bias, down), strict=True))
+        used, row_grads = jax.lax.fori_loop(0, number, step, (sums[:units], row_grads))
+        sums = used + sums[units:]
+    ups, biases, downs = zip(*sums, strict=True)
+    grads = jnp.concatenate(ups, axis=1), jnp.concatenate(biases), jnp.concatenate(downs)
+    grads = (grad.astype(leaf.dtype) for grad, leaf in zip(grads, (up, bias, down), strict=True))
     nothing = (np.zeros(leaf.shape, jax.dtypes.float0) for leaf in (order, inverse, counts))
     return permute(row_grads, inverse, order), *nothing, *grads, moved
 

@@ -19,8 +19,7 @@ import numpy as np
 from flax.core import meta
 
 from experiments import measure
-from experiments.bench.mrt5 import floats
-from experiments.bench.tome import integers
+from experiments.bench.flags import floats, integers
 from layers.acm import AcmParts, Module, gate_logits, modules
 from layers.parts import Parts
 from layers.vit import SHAPES

@@ -14,20 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measure
+from experiments.bench import kernels
 from pallas_kernels.bipartite_match import bipartite_match, reference, specs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--spec", default="vit_base_197_float32", help="named shapes, or all")
-    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
+    kernels.add_arguments(parser, "vit_base_197_float32")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each named shape."""
-    for name in specs.NAMED if options.spec == "all" else options.spec.split(","):
-        yield _row(options, name, specs.NAMED[name])
+    for name, spec in kernels.chosen(options, specs.NAMED):
+        yield _row(options, name, spec)
 
 
 def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, Any]:
@@ -42,14 +41,6 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
         return reference.bipartite_match(x[:, ::2], x[:, 1::2], bias, metric="cosine", statistic="best")
 
     functions = {"match": measure.compiled_call(matched, metric), "matrix": measure.compiled_call(whole, metric)}
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
-    return {
-        "spec": name,
-        "shape": f"{spec.batch}x{spec.tokens}x{spec.channels}, even to odd",
-        "device": measure.device_name(),
-        "dtype": spec.dtype,
-        "implementation": options.implementation or "best",
-        "realised": round(times["matrix"].median / times["match"].median, 4),
-        "milliseconds": measure.milliseconds(times),
-        "repeats": options.repeats,
-    }
+    times = kernels.times_of(options, functions)
+    shape = f"{spec.batch}x{spec.tokens}x{spec.channels}, even to odd"
+    return kernels.row(options, name, spec, shape, times, realised=times["matrix"].median / times["match"].median)

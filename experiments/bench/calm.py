@@ -40,14 +40,11 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     exits = ConfidenceExit(options.measure, first=options.first, every=options.every, decay=math.inf)
     threshold = median_confidence(model, variables, decoder.prompts(options, 8), exits)
     exits = ConfidenceExit(options.measure, threshold, options.first, options.every, decay=math.inf)
-    for batch in options.batch:
-        ids = decoder.prompts(options, batch)
-        calls = {
-            "dense": decoder.Decode(model, variables, ids, steps, temperature=1.0),
-            "calm": decoder.Decode(model.clone(policy=exits), variables, ids, steps, temperature=1.0),
-        }
+    for batch, ids, dense in decoder.each_batch(options, model, variables, temperature=1.0):
+        left = decoder.Decode(model.clone(policy=exits), variables, ids, steps, temperature=1.0)
+        calls = {"dense": dense, "calm": left}
         times = measure.interleaved(calls, repeats=options.repeats)
-        ran = calls["calm"].tokens.mean(axis=1)
+        ran = left.tokens.mean(axis=1)
         spec = model.spec().decoding()
         macs = [
             flops.count(spec, batch=batch, slots=slots, steps=steps, layer_steps=own).macs
@@ -56,10 +53,9 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         facts = {
             "measure": options.measure,
             "layers_a_token": round(float(ran.sum() / steps), 3),
-            "layers_a_step": round(float(calls["calm"].steps.sum() / steps), 3),
+            "layers_a_step": round(float(left.steps.sum() / steps), 3),
         }
-        shape = f"{batch}x{options.length}+{steps}, {options.depth} layers of {options.width}"
-        yield decoder.row(options, shape, times, macs, **facts)
+        yield decoder.row(options, decoder.shape_of(options, batch), times, macs, **facts)
 
 
 def median_confidence(model: Any, variables: Any, ids: Any, exits: ConfidenceExit) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from flax.core import meta
 
 from experiments import measure
-from experiments.bench.tome import integers
+from experiments.bench.flags import integers
 from layers import generation
 from layers.decoder_lm import DecoderLM
 
@@ -74,6 +75,21 @@ class Decode:
     def __call__(self) -> Any:
         """The generated tokens."""
         return self._call()[0].tokens
+
+
+def each_batch(
+    options: argparse.Namespace, model: DecoderLM, variables: Any, **sampling: Any
+) -> Iterator[tuple[int, Any, Decode]]:
+    """For each batch size, its prompts and the decoding of the dense model from them."""
+    for batch in options.batch:
+        ids = prompts(options, batch)
+        yield batch, ids, Decode(model, variables, ids, options.max_length, **sampling)
+
+
+def shape_of(options: argparse.Namespace, batch: int, *more: str) -> str:
+    """The shape as rows name it, with what else tells them apart."""
+    parts = f"{batch}x{options.length}+{options.max_length}", f"{options.depth} layers of {options.width}", *more
+    return ", ".join(parts)
 
 
 def row(

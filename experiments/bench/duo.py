@@ -23,7 +23,7 @@ from adaptive import flops
 from adaptive.width import duo
 from experiments import measure
 from experiments.bench import decoder
-from experiments.bench.tome import integers
+from experiments.bench.flags import integers
 from layers.duo_lm import DuoLM
 
 

@@ -17,48 +17,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
 from adaptive import flops, ragged
 from experiments import measure
-from experiments.bench.flags import floats, integers
-from experiments.bench.mrt5 import set_deleted_share
+from experiments.bench import t5
 from layers import generation
-from layers.t5 import SHAPES, T5
+from layers.t5 import T5
 
 DENSE = 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--variant", default="byt5-small", choices=sorted(SHAPES), help="shape (default %(default)s)")
-    parser.add_argument("--batch", type=integers, default=(2,), help="batch sizes, comma separated (default 2)")
-    parser.add_argument("--length", type=int, default=512, help="encoder bytes (default %(default)s)")
+    t5.add_arguments(parser, length=512, rungs=8, deleted="0.5,0.75", repeats=3)
     parser.add_argument("--max-length", type=int, default=32, help="bytes to generate (default %(default)s)")
-    parser.add_argument("--deleted", type=floats, default=(0.5, 0.75), help="shares deleted (default 0.5,0.75)")
-    parser.add_argument("--gate-layer", type=int, default=3, help="layers before the gate (default %(default)s)")
-    parser.add_argument("--rungs", type=int, default=8, help="rungs of the ladder at most (default %(default)s)")
-    parser.add_argument("--multiple", type=int, default=64, help="rungs are multiples of this (default %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each function (default %(default)s)")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """For each batch size a row for the cache, and two for each deleted share."""
-    model = T5(
-        **SHAPES[options.variant],
-        softmax="off_by_one",
-        gate="mrt5",
-        gate_layer=options.gate_layer,
-        rungs=ragged.make_rungs(options.length, steps=options.rungs, multiple=options.multiple),
-        # The ladder compiles the encoder layers above the gate once for each rung; scanned, that is one layer a rung.
-        scan_layers=True,
-        dtype=jnp.dtype(options.dtype),
-    )
-    key = jax.random.key(0)
-    ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
-    abstract = jax.eval_shape(lambda i: model.init(key, i, None, i[:, :1]), ids)
-    variables = measure.random_like(meta.unbox(abstract), key)
+    model, variables = t5.make(options)
     for batch in options.batch:
         ids = np.random.default_rng(0).integers(3, 259, (batch, options.length))
         yield from _rows(options, model, variables, jnp.asarray(ids, jnp.int32))
@@ -74,7 +51,7 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, ids: Any) -> I
     )
     generate, decode, kept = {}, {}, {}
     for share in shares:
-        own = variables if share == DENSE else set_deleted_share(model, variables, ids, share)
+        own = variables if share == DENSE else t5.set_deleted_share(model, variables, ids, share)
         how = (
             dict(deletion=None, rungs=(options.length,)) if share == DENSE else dict(deletion="hard", rungs=model.rungs)
         )

@@ -15,20 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measure
+from experiments.bench import kernels
 from pallas_kernels.merge import merge, reference, specs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--spec", default="vit_base_197_float32", help="named shapes, or all")
-    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
+    kernels.add_arguments(parser, "vit_base_197_float32")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each named shape."""
-    for name in specs.NAMED if options.spec == "all" else options.spec.split(","):
-        yield _row(options, name, specs.NAMED[name])
+    for name, spec in kernels.chosen(options, specs.NAMED):
+        yield _row(options, name, spec)
 
 
 def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, Any]:
@@ -49,27 +48,14 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
     functions = {}
     for form, function in (("merge", merged), ("product", product)):
         functions[form] = measure.compiled_call(function, values, assign, weight)
-        functions[f"{form}_both"] = measure.compiled_call(_both(function), values, assign, weight)
+        functions[f"{form}_both"] = measure.compiled_call(
+            kernels.forward_and_gradient(function), values, assign, weight
+        )
     functions["copy"] = measure.compiled_call(lambda x: -x, values[:, : (spec.tokens + spec.slots) // 2])
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
-    return {
-        "spec": name,
-        "shape": f"{spec.batch}x{spec.tokens}x{spec.width} to {spec.slots}",
-        "device": measure.device_name(),
-        "dtype": spec.dtype,
-        "implementation": options.implementation or "best",
-        "realised": round(times["product_both"].median / times["merge_both"].median, 4),
-        "copy_share": round(times["copy"].median / times["merge"].median, 4),
-        "milliseconds": measure.milliseconds(times),
-        "repeats": options.repeats,
+    times = kernels.times_of(options, functions)
+    shape = f"{spec.batch}x{spec.tokens}x{spec.width} to {spec.slots}"
+    facts = {
+        "realised": times["product_both"].median / times["merge_both"].median,
+        "copy_share": times["copy"].median / times["merge"].median,
     }
-
-
-def _both(function: Any) -> Any:
-    """The forward pass and the gradient of its rows."""
-
-    def run(x: Any, assign: Any, weight: Any) -> Any:
-        out, pull = jax.vjp(lambda x: function(x, assign, weight), x)
-        return out, pull(out)
-
-    return run
+    return kernels.row(options, name, spec, shape, times, **facts)

@@ -22,7 +22,7 @@ from adaptive import flops
 from adaptive.depth import mixture_of_depths
 from experiments import measure
 from experiments.bench import decoder
-from experiments.bench.mrt5 import floats
+from experiments.bench.flags import floats
 from layers.mixture_of_depths import MixtureOfDepths
 
 
@@ -51,7 +51,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             times = measure.interleaved(functions, repeats=options.repeats)
             macs = [flops.count(plain, batch=batch, tokens=length, counts=own).macs for own in (None, counts)]
             facts = {"part": "forward", "tokens_a_layer": float(np.mean(counts))}
-            yield decoder.row(options, _shape(options, batch, share), times, macs, **facts)
+            yield decoder.row(options, decoder.shape_of(options, batch, f"share {share:g}"), times, macs, **facts)
             own = taking(model, variables, ids, share)
             calls = {
                 "dense": decoder.Decode(plain, own, ids, steps, temperature=1.0),
@@ -63,7 +63,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             macs = [flops.count(spec, **sizes, layer_steps=own).macs for own in (None, ran.tolist())]
             facts = {"part": "decode", "tokens_a_layer": round(float(ran.mean()), 3)}
             facts["steps_a_layer"] = round(float(calls["mixture_of_depths"].steps.mean()), 3)
-            yield decoder.row(options, _shape(options, batch, share), times, macs, **facts)
+            yield decoder.row(options, decoder.shape_of(options, batch, f"share {share:g}"), times, macs, **facts)
 
 
 def taking(model: Any, variables: Any, ids: Any, share: float) -> Any:
@@ -80,7 +80,3 @@ def taking(model: Any, variables: Any, ids: Any, share: float) -> Any:
         block["predictor"] = {"hidden": hidden, "out": {**out, "bias": bias}}
         params[f"block_{layer}"] = block
     return {**variables, "params": params}
-
-
-def _shape(options: argparse.Namespace, batch: int, share: float) -> str:
-    return f"{batch}x{options.length}+{options.max_length}, {options.depth} layers of {options.width}, share {share:g}"

@@ -15,45 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import meta
 
 from adaptive import flops, ragged
 from experiments import measure
-from experiments.bench.flags import floats, integers
-from layers.t5 import SHAPES, T5
+from experiments.bench import t5
+from layers.t5 import T5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--variant", default="byt5-small", choices=sorted(SHAPES), help="shape (default %(default)s)")
-    parser.add_argument("--batch", type=integers, default=(2,), help="batch sizes, comma separated (default 2)")
-    parser.add_argument("--length", type=int, default=1024, help="encoder bytes (default %(default)s)")
+    t5.add_arguments(parser, length=1024, rungs=16, deleted="0.5", repeats=5)
     parser.add_argument("--targets", type=int, default=189, help="decoder bytes (default %(default)s)")
-    parser.add_argument("--deleted", type=floats, default=(0.5,), help="shares of bytes deleted (default 0.5)")
-    parser.add_argument("--gate-layer", type=int, default=3, help="layers before the gate (default %(default)s)")
-    parser.add_argument("--rungs", type=int, default=16, help="rungs of the ladder at most (default %(default)s)")
-    parser.add_argument("--multiple", type=int, default=64, help="rungs are multiples of this (default %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each function (default %(default)s)")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each batch size, deleted share and part of the model."""
-    model = T5(
-        **SHAPES[options.variant],
-        softmax="off_by_one",
-        gate="mrt5",
-        gate_layer=options.gate_layer,
-        rungs=ragged.make_rungs(options.length, steps=options.rungs, multiple=options.multiple),
-        # The ladder compiles the layers above the gate once for each rung; scanned, that is one layer a rung.
-        scan_layers=True,
-        dtype=jnp.dtype(options.dtype),
-    )
-    key = jax.random.key(0)
-    ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
-    targets = jax.ShapeDtypeStruct((1, options.targets), jnp.int32)
-    abstract = jax.eval_shape(lambda i, t: model.init(key, i, None, t), ids, targets)
-    variables = measure.random_like(meta.unbox(abstract), key)
+    model, variables = t5.make(options, options.targets)
     for batch in options.batch:
         for deleted in options.deleted:
             yield from _rows(options, model, variables, batch, deleted)
@@ -63,7 +40,7 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, batch: int, de
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(3, 259, (batch, options.length)), jnp.int32)
     targets = jnp.asarray(rng.integers(3, 259, (batch, options.targets)), jnp.int32)
-    variables = set_deleted_share(model, variables, ids, deleted)
+    variables = t5.set_deleted_share(model, variables, ids, deleted)
     for part, decoder in (("encoder", None), ("encoder+decoder", targets)):
         hard = jax.jit(lambda v, i, t: model.apply(v, i, None, t, deletion="hard"))
         kept = hard(variables, ids, decoder)[1]["tokens"][-1]
@@ -94,16 +71,3 @@ def _rows(options: argparse.Namespace, model: T5, variables: Any, batch: int, de
             "gmacs": [round(m / 1e9, 3) for m in macs],
             "repeats": options.repeats,
         }
-
-
-def set_deleted_share(model: T5, variables: Any, ids: Any, deleted: float) -> Any:
-    """The variables with the gate's bias moved so that hard deletion removes the share `deleted` of the bytes `ids`."""
-    gate = model.clone(decoder_layers=0)
-    values = jax.jit(lambda v: gate.apply(v, ids, deletion="soft")[1]["delete_gate"])(variables)
-    # G = -30 sigmoid(-z), so z = log(-30 / G - 1); hard deletion cuts at z = 0.
-    logits = jnp.log(-30.0 / values - 1)
-    shift = jnp.quantile(logits, deleted)
-    bias = variables["params"]["delete_gate"]["logit"]["bias"]
-    params = dict(variables["params"])
-    params["delete_gate"] = {**params["delete_gate"], "logit": {**params["delete_gate"]["logit"], "bias": bias - shift}}
-    return {"params": params}

@@ -16,23 +16,22 @@ import jax.numpy as jnp
 
 from adaptive import ragged
 from experiments import measure
+from experiments.bench import kernels
 from experiments.bench.flags import floats
 from pallas_kernels.ragged_prefix_mlp import specs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--spec", default="vit_base_float32", help="named shapes, or all")
+    kernels.add_arguments(parser, "vit_base_float32")
     parser.add_argument("--share", type=floats, default=(1.0, 0.5, 0.25), help="mean shares of units needed")
-    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each named shape and share."""
-    for name in specs.NAMED if options.spec == "all" else options.spec.split(","):
+    for name, spec in kernels.chosen(options, specs.NAMED):
         for share in options.share:
-            yield _row(options, name, specs.NAMED[name], share)
+            yield _row(options, name, spec, share)
 
 
 def _row(options: argparse.Namespace, name: str, spec: specs.Spec, share: float) -> dict[str, Any]:
@@ -63,20 +62,15 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec, share: float)
         "staircase_gradient": measure.compiled_call(_gradient(staircase), *weights),
         "dense_gradient": measure.compiled_call(_gradient(dense), *weights),
     }
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=1)
-    return {
-        "spec": name,
-        "shape": f"{spec.rows}x{spec.width}, {spec.units} units of {spec.hidden // spec.units}, share {share}",
-        "device": measure.device_name(),
-        "dtype": spec.dtype,
-        "implementation": options.implementation or "best",
-        "implied": round(spec.units / float(jnp.mean(need)), 4),
-        "realised": round(times["dense"].median / times["staircase"].median, 4),
-        "realised_gradient": round(times["dense_gradient"].median / times["staircase_gradient"].median, 4),
-        "overhead": round(times["sorting"].median / times["dense"].median, 4),
-        "milliseconds": measure.milliseconds(times),
-        "repeats": options.repeats,
+    times = kernels.times_of(options, functions)
+    shape = f"{spec.rows}x{spec.width}, {spec.units} units of {spec.hidden // spec.units}, share {share}"
+    facts = {
+        "implied": spec.units / float(jnp.mean(need)),
+        "realised": times["dense"].median / times["staircase"].median,
+        "realised_gradient": times["dense_gradient"].median / times["staircase_gradient"].median,
+        "overhead": times["sorting"].median / times["dense"].median,
     }
+    return kernels.row(options, name, spec, shape, times, **facts)
 
 
 def _gradient(function: Any) -> Any:

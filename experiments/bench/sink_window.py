@@ -16,7 +16,7 @@ from adaptive import flops
 from adaptive.sparsity.decoding import SinkWindow
 from experiments import measure
 from experiments.bench import decoder
-from experiments.bench.tome import integers
+from experiments.bench.flags import integers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +31,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each batch size and window."""
     model, variables = decoder.make(options)
     slots, steps = options.length + options.max_length, options.max_length
-    for batch in options.batch:
-        ids = decoder.prompts(options, batch)
-        dense = decoder.Decode(model, variables, ids, steps)
+    for batch, ids, dense in decoder.each_batch(options, model, variables):
         for window in options.window:
             reads = SinkWindow(window, options.sinks, options.page)
             paged = decoder.Decode(model.clone(reads=reads), variables, ids, steps)
@@ -43,5 +41,5 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 flops.count(model.spec().decoding(), batch=batch, slots=read, steps=steps).macs
                 for read in (slots, listed)
             ]
-            shape = f"{batch}x{options.length}+{steps}, {options.depth} layers of {options.width}, window {window}"
+            shape = decoder.shape_of(options, batch, f"window {window}")
             yield decoder.row(options, shape, times, macs, listed_share=round(listed / slots, 4))

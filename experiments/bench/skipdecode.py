@@ -17,7 +17,7 @@ from adaptive import flops
 from adaptive.depth import skip_decode
 from experiments import measure
 from experiments.bench import decoder
-from experiments.bench.mrt5 import floats
+from experiments.bench.flags import floats
 from layers.early_exit import FixedLayers, SkipSchedule
 
 
@@ -31,9 +31,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """For each batch size and target two rows."""
     model, variables = decoder.make(options)
     slots, steps = options.length + options.max_length, options.max_length
-    for batch in options.batch:
-        ids = decoder.prompts(options, batch)
-        dense = decoder.Decode(model, variables, ids, steps)
+    for batch, ids, dense in decoder.each_batch(options, model, variables):
         for speedup in options.speedup:
             counts = skip_decode.counts_for_speedup(model.depth, speedup, horizon=steps)
             policies = {
@@ -50,8 +48,6 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     flops.count(model.spec().decoding(), batch=batch, slots=slots, steps=steps, layer_steps=own).macs
                     for own in (None, call.steps.tolist())
                 ]
-                shape = (
-                    f"{batch}x{options.length}+{steps}, {options.depth} layers of {options.width}, target {speedup:g}"
-                )
+                shape = decoder.shape_of(options, batch, f"target {speedup:g}")
                 facts = {"method": name, "layers_a_token": float(call.steps.sum() / steps)}
                 yield decoder.row(options, shape, {"dense": times["dense"], name: times[name]}, macs, **facts)

@@ -16,20 +16,19 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measure
+from experiments.bench import kernels
 from pallas_kernels.sparse_decode_attention import sparse_decode_attention, specs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--spec", default="small_float32", help="named shapes, or all")
-    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
+    kernels.add_arguments(parser, "small_float32")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each named shape."""
-    for name in specs.NAMED if options.spec == "all" else options.spec.split(","):
-        yield _row(options, name, specs.NAMED[name])
+    for name, spec in kernels.chosen(options, specs.NAMED):
+        yield _row(options, name, spec)
 
 
 def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, Any]:
@@ -62,20 +61,15 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
         "dense": measure.compiled_call(dense, query, *whole),
         "copy": measure.compiled_call(copy, own, values),
     }
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
+    times = kernels.times_of(options, functions)
     # Keys and values of the listed slots, against as many pages as copied, read and written.
     read = 2 * spec.width * dtype.itemsize * float(jnp.sum(lengths))
     copied = 4 * min(spec.batch * spec.listed, spec.pages) * spec.groups * spec.slots * spec.width * dtype.itemsize
-    return {
-        "spec": name,
-        "shape": f"{spec.batch} x {spec.heads}/{spec.groups} heads, {spec.listed} of {spec.pages} pages of {spec.slots}",
-        "device": measure.device_name(),
-        "dtype": spec.dtype,
-        "implementation": options.implementation or "best",
-        "implied": round(spec.batch * spec.groups * spec.pages * spec.slots / float(jnp.sum(lengths)), 4),
-        "realised": round(times["dense"].median / times["sparse"].median, 4),
-        "copy_share": round(times["copy"].median / times["sparse"].median, 4),
-        "bandwidth_share": round(read / copied * times["copy"].median / times["sparse"].median, 4),
-        "milliseconds": measure.milliseconds(times),
-        "repeats": options.repeats,
+    shape = f"{spec.batch} x {spec.heads}/{spec.groups} heads, {spec.listed} of {spec.pages} pages of {spec.slots}"
+    facts = {
+        "implied": spec.batch * spec.groups * spec.pages * spec.slots / float(jnp.sum(lengths)),
+        "realised": times["dense"].median / times["sparse"].median,
+        "copy_share": times["copy"].median / times["sparse"].median,
+        "bandwidth_share": read / copied * times["copy"].median / times["sparse"].median,
     }
+    return kernels.row(options, name, spec, shape, times, **facts)

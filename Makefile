@@ -27,7 +27,7 @@ reproduce: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
-	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile -m "not every_chip"
+	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder -m "not every_chip"
 
 test-chips: $(VENV)/installed
 	$(VENV)/bin/python -m pytest --numprocesses=auto --dist=worksteal -m every_chip

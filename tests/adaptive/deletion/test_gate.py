@@ -16,7 +16,8 @@ from adaptive.deletion import gate as deletion_gate
 from adaptive.tokens import Signals, TokenSet
 
 LENGTH, WIDTH, SCALE = 9, 3, deletion_gate.SCALE
-GATES = hnp.arrays(np.float32, (2, LENGTH), elements=st.floats(SCALE, 0, width=32))
+# Subnormal numbers, which a device may take for zero, would tie there and not here.
+GATES = hnp.arrays(np.float32, (2, LENGTH), elements=st.floats(SCALE, 0, width=32, allow_subnormal=False))
 LENGTHS = st.tuples(st.integers(0, LENGTH), st.integers(1, LENGTH))
 mrt5 = registry.get("mrt5")
 kept = jax.jit(deletion_gate.kept)

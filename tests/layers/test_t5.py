@@ -233,7 +233,9 @@ def test_parameters_of_byt5_small_keep_their_names_shapes_and_axes():
 )
 def test_published_sizes(name, published):
     # Scanned layers are traced once.
-    assert size(parameters(name, scan_layers=True)) == pytest.approx(published, rel=0 if isinstance(published, int) else 2e-3)
+    assert size(parameters(name, scan_layers=True)) == pytest.approx(
+        published, rel=0 if isinstance(published, int) else 2e-3
+    )
 
 
 def test_a_delete_gate_adds_two_numbers_for_each_feature_and_one():

@@ -14,6 +14,7 @@ from experiments.bench import (
     bipartite_match,
     block_sparse_attention,
     calm,
+    card,
     compact,
     diffrate,
     duo,
@@ -50,6 +51,7 @@ BENCHES = {
     "merge": merge,
     "ragged_prefix_mlp": ragged_prefix_mlp,
     "sparse_decode_attention": sparse_decode_attention,
+    "card": card,
     "autotune": autotune,
 }
 

@@ -6,7 +6,8 @@ Lists are the best blocks of random scores, different for every head. `implied` 
 and `overhead` the time of making the lists over ours. `realised_best` is against the faster of that and this codebase's own
 dense attention. `sparse_cost` is our time over density x the time of dense attention: 1 if listed blocks cost what dense ones
 do; `--gradients` adds the same of forward and backward pass together. `--peer` also times PyTorch's FlexAttention with the same
-share of blocks (`experiments/peers/torch_flex_attention.py`; `--peer-python` names an interpreter that has PyTorch).
+blocks (`experiments/peers/torch_flex_attention.py`; `--peer-python` names an interpreter that has PyTorch): `peer_ratio` is our
+time over its, and `sparse_cost_best` the cost beside the faster of the dense attentions, PyTorch's among them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import measure
 from experiments.bench.flags import floats
@@ -70,11 +73,15 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     blocks = -(-options.length // options.block)
     scores = jax.random.normal(keys[3], (options.batch, options.heads, blocks, blocks))
     for density in options.density:
-        row = _row(options, (query, key, value), scores, max(1, round(density * blocks)))
-        yield row | (_peer(options, row["density"]) if options.peer else {})
+        yield _row(options, (query, key, value), scores, max(1, round(density * blocks)))
 
 
 def _row(options: argparse.Namespace, arrays: tuple[Any, ...], scores: Any, listed: int) -> dict[str, Any]:
+    """One density.
+
+    Raises:
+      ValueError: the peer cannot run.
+    """
     sizes = dict(queries=options.length, keys=options.length, block_q=options.block, block_k=options.block)
 
     def lists(scores: Any) -> Any:
@@ -124,7 +131,19 @@ def _row(options: argparse.Namespace, arrays: tuple[Any, ...], scores: Any, list
         "overhead": round(medians["lists"] / medians["sparse"], 4),
         "milliseconds": {n: [round(1e3 * t, 3) for t in (v.low, v.median, v.high)] for n, v in times.items()},
         "repeats": options.repeats,
+        **(_beside(medians, density, _peer(options, np.asarray(index.block_mask()[0]))) if options.peer else {}),
     }
+
+
+def _beside(medians: dict[str, float], density: float, peer: dict[str, Any]) -> dict[str, Any]:
+    """What a peer's times say of our `medians`."""
+    theirs = {name: 1e-3 * time for name, time in peer["milliseconds"].items()}
+    ratios = {"peer_ratio": medians["sparse"] / theirs["sparse"]}
+    if {"sparse_both"} <= medians.keys() & theirs.keys():
+        ratios["peer_ratio_both"] = medians["sparse_both"] / theirs["sparse_both"]
+    best = min(medians["dense"], medians["own_dense"], theirs["dense"])
+    ratios["sparse_cost_best"] = medians["sparse"] / (density * best)
+    return {name: round(ratio, 4) for name, ratio in ratios.items()} | {"peer": peer}
 
 
 def dense_peer(dtype: str) -> str | None:
@@ -142,14 +161,21 @@ def both(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _peer(options: argparse.Namespace, density: float) -> dict[str, Any]:
-    """Milliseconds of FlexAttention with blocks chosen at random at the same density."""
-    command = [options.peer_python, str(_PEER), f"--density={density}", f"--dtype={options.dtype}"]
+def _peer(options: argparse.Namespace, mask: np.ndarray) -> dict[str, Any]:
+    """Milliseconds of FlexAttention with the listed blocks `mask [H, R, C]`, and of making its mask.
+
+    Raises:
+      ValueError: it cannot run.
+    """
+    command = [options.peer_python, str(_PEER), f"--dtype={options.dtype}"]
     command += [
         f"--{name}={getattr(options, name)}" for name in ("batch", "length", "heads", "width", "block", "repeats")
     ]
     command += [f"--kv-heads={options.kv_heads or options.heads}", *(["--causal"] if options.causal else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory(prefix="adaptive_peer_") as folder:
+        path = pathlib.Path(folder) / "blocks"
+        path.write_bytes(mask.astype(np.uint8).tobytes())
+        done = subprocess.run([*command, f"--blocks={path}"], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"the peer failed: {' '.join(command)}\n{done.stderr.strip()[-2000:]}")
-    return {"peer": json.loads(done.stdout.splitlines()[-1])}
+    return json.loads(done.stdout.splitlines()[-1])

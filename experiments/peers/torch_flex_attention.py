@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlexAttention with a block mask at random, for its speed alone, beside PyTorch's own dense attention.
+"""FlexAttention with a block mask, for its speed alone, beside PyTorch's own dense attention.
 
     python experiments/peers/torch_flex_attention.py --length=16384 --heads=32 --width=128 --density=0.1 --dtype=bfloat16
 
-Needs PyTorch and nothing of this project. Every head lists its own blocks, each query block as many as the others. Prints one
-line of JSON: milliseconds of the dense and the sparse attention, forward and with the backward pass, whose calls alternate, and
-of making the block mask.
+Needs PyTorch and nothing of this project. Every head lists its own blocks: those that a file names, a byte for each head,
+query block and key block, or as many at random for each query block. Prints one line of JSON: milliseconds of the dense and the
+sparse attention, forward and with the backward pass, whose calls alternate, and of making the block mask.
 
 Source: PyTorch documentation of `torch.nn.attention.flex_attention`.
 """
@@ -24,15 +24,24 @@ except ImportError:
     sys.exit("this script needs PyTorch 2.5 or later: run it with an interpreter that has it")
 
 
-def mask_rule(options, device):
-    """A rule over (batch, head, query, key) that follows blocks drawn at random."""
+def listed_blocks(options, device):
+    """`[heads, query blocks, key blocks]`, True where a block is listed."""
     blocks = -(-options.length // options.block)
+    if options.blocks:
+        with open(options.blocks, "rb") as file:
+            kept = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+        return kept.reshape(options.heads, blocks, blocks).bool().to(device)
     scores = torch.rand(options.heads, blocks, blocks, device=device)
     if options.causal:
         scores = scores.masked_fill(torch.ones(blocks, blocks, device=device).triu(1).bool(), -1.0)
     listed = max(1, round(options.density * blocks))
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(listed, dim=2).indices, True)
-    kept &= scores >= 0
+    return kept & (scores >= 0)
+
+
+def mask_rule(options, device):
+    """A rule over (batch, head, query, key) that follows the listed blocks."""
+    kept = listed_blocks(options, device)
 
     def rule(batch, head, query, key):
         inside = kept[head, query // options.block, key // options.block]
@@ -67,7 +76,8 @@ def main():
         "repeats": 7,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--density", type=float, default=0.25, help="of blocks at random")
+    parser.add_argument("--blocks", default="", help="file of listed blocks")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--eager", action="store_true", help="do not compile (for a look at results on a CPU)")

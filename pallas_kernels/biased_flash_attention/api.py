@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.biased_flash_attention import gpu, reference, tpu, xla
+from pallas_kernels.biased_flash_attention.settings import Settings
 from pallas_kernels.position_bias import PositionBias
 
 SOFTMAX = ("standard", "off_by_one")
@@ -65,14 +66,14 @@ def biased_attention(
       ValueError: shapes do not fit, or an unknown `softmax`.
       NotImplementedError: the named implementation is not there or cannot do it: TPUs and GPUs take no `bias` of all pairs; on
         TPUs positions of a head's keys and queries, and for column statistics its queries, must fit in VMEM; on GPUs heads
-        are at most 256 wide, or 128 with a `PositionBias` (64 in float32).
+        are at most 256 wide.
 
     Source: key bias log(size): Bolya et al. 2023, eq. 1; softmax off by one: Miller 2023, as used by Kallini et al. 2025.
     """
     _check(query, key, value, key_bias, bias, causal, softmax)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": softmax, "scale": scale}
-    return dispatch.call("biased_attention", _ATTENTION, implementation, query, key, value, **options)
+    settings = Settings(key_bias, bias, causal, softmax, scale)
+    return dispatch.call("biased_attention", _ATTENTION, implementation, query, key, value, settings)
 
 
 def attention_column_stats(
@@ -101,9 +102,9 @@ def attention_column_stats(
     if statistic not in STATISTICS:
         raise ValueError(f"statistic={statistic!r} is not one of {STATISTICS}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = {"key_bias": key_bias, "bias": bias, "causal": causal, "softmax": softmax, "scale": scale}
-    options |= {"query_weight": query_weight, "statistic": statistic}
-    return dispatch.call("attention_column_stats", _STATISTICS, implementation, query, key, **options)
+    settings = Settings(key_bias, bias, causal, softmax, scale)
+    args = (query, key, settings, query_weight, statistic)
+    return dispatch.call("attention_column_stats", _STATISTICS, implementation, *args)
 
 
 def attention_score_excess(

@@ -21,7 +21,8 @@ from pallas_kernels.block_sparse_attention import gpu as sparse
 from pallas_kernels.block_sparse_attention import gpu_backward
 from pallas_kernels.block_sparse_attention import gpu_parts as parts
 from pallas_kernels.block_sparse_attention import gpu_positions as positions
-from pallas_kernels.block_sparse_attention.gpu_parts import LOG2E, Plan
+from pallas_kernels.block_sparse_attention import gpu_tiles as tiles
+from pallas_kernels.block_sparse_attention.gpu_parts import LOG2E, Entry, Plan
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.position_bias import PositionBias
 
@@ -46,22 +47,21 @@ def _columns(
     """Statistics of the weights given the log-sum-exp of rows in base 2."""
     (batch, rows, heads, width), (_, length, groups, _), dtype = query.shape, key.shape, query.dtype
     back = index.transposed()
-    plan = parts.make_plan(back, *parts.sizes("forward", width, dtype, positions=bias is not None))
+    plan = parts.make_plan("forward", back, width, dtype, positions=bias is not None)
     share = heads // groups
     weight = jnp.ones((batch, rows)) if query_weight is None else query_weight
     args = {
-        "key": parts.padded(key, plan.own_length, dtype),
-        "query": parts.padded(query, plan.listed_length, dtype),
+        "key": key.astype(dtype),
+        "query": query,
         # Queries that fill up the last block have no weights.
         "lse": parts.last_padded(lse, plan.listed_length, jnp.inf),
         "weight": parts.last_padded(weight, plan.listed_length),
-        **parts.lists(back, causal, own_queries=False),
+        **parts.lists(back, causal, own_queries=False, near=positions.near(bias, back, own_queries=False)),
     }
     positions.add(args, bias, plan, own_queries=False)
-    wide = args["key"].shape[3]
     specs = {
-        "key": pl.BlockSpec((None, plan.own, None, wide), lambda tile, head, i: (i, tile, head // share, 0)),
-        "query": pl.BlockSpec((None, plan.listed_length, None, wide), lambda tile, head, i: (i, 0, head, 0)),
+        "key": pl.BlockSpec((None, plan.own, None, plan.wide), lambda tile, head, i: (i, tile, head // share, 0)),
+        "query": pl.BlockSpec((None, plan.listed_length, None, plan.wide), lambda tile, head, i: (i, 0, head, 0)),
         "lse": pl.BlockSpec((None, None, plan.listed_length), lambda tile, head, i: (i, head, 0)),
         "weight": pl.BlockSpec((None, plan.listed_length), lambda tile, head, i: (i, 0)),
     }
@@ -83,26 +83,17 @@ def _columns(
 
 
 def _kernel(refs: dict[str, Any], out_ref: Any, *, plan: Plan, causal: bool, factor: float, statistic: str) -> None:
-    tile, head, row = (pl.program_id(axis) for axis in range(3))
-    place = parts.place(refs["ids"], row, head, pl.num_programs(1), tile, plan)
-    key, stands = refs["key"][...], positions.own(refs, row, tile, plan)
+    program = tiles.of_keys(refs, plan, causal, 1)
+    key = program.own("key")
 
-    def work(number: Any, start: Any, mask: Any, masked: bool, total: Any) -> Any:
-        rows = pl.ds(number * plan.listed_block + start, plan.listed)
-        logits = parts.product(key, refs["query"][rows, :], 1, 1) * factor
-        if "bias" in refs:
-            logits += refs["bias"][...][:, None]
-        if stands is not None:
-            logits += positions.bias(refs, head, positions.relative(refs, row, rows, stands, own_queries=False))
-        if masked:
-            pairs = parts.seen(refs, plan, tile * plan.own, number, start, mask, causal, False)
-            logits = jnp.where(pairs, logits, -jnp.inf)
+    def work(entry: Entry, total: Any) -> Any:
+        logits, rows = program.logits(key, program.listed("query", entry), factor, entry), program.rows(entry)
         weights = jnp.exp2(logits - refs["lse"][rows][None, :]) * refs["weight"][rows][None, :]
         if statistic == "max":
             return jnp.maximum(total, jnp.max(weights, axis=1))
         return total + jnp.sum(weights, axis=1)
 
-    out_ref[...] = parts.walk(refs, place, plan, work, jnp.zeros((plan.own,), jnp.float32))
+    out_ref[...] = program.walk(work, jnp.zeros((plan.own,), jnp.float32))
 
 
 def _block(length: int) -> int:

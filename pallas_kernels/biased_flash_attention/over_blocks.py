@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import partition
 from pallas_kernels.biased_flash_attention import xla
+from pallas_kernels.biased_flash_attention.settings import Settings
 from pallas_kernels.block_sparse_attention.autodiff import Passes, attend
 from pallas_kernels.block_sparse_attention.index import BlockIndex, from_block_mask
 from pallas_kernels.position_bias import PositionBias
@@ -52,12 +53,7 @@ class Kernels:
         query: Float[Array, "B Q H d"],
         key: Float[Array, "B K G d"],
         value: Float[Array, "B K G d"],
-        *,
-        key_bias: Float[Array, "B K"] | None,
-        bias: Float[Array, "b H Q K"] | PositionBias | None,
-        causal: bool,
-        softmax: str,
-        scale: float,
+        settings: Settings,
         interpret: Any = False,
     ) -> Float[Array, "B Q H d"]:
         """Softmax in float32; products in the dtype of `query` with float32 accumulation.
@@ -65,12 +61,13 @@ class Kernels:
         Raises:
           NotImplementedError: a `bias` of all pairs, values of another width than keys, or shapes that kernels cannot take.
         """
-        self._refuse(bias)
+        self._refuse(settings.bias)
         if value.shape != key.shape:
             raise NotImplementedError(f"values {value.shape} must be as wide as keys {key.shape}")
-        positions, whole = _split(bias, query.shape[0])
-        attended = partition.by_batch(functools.partial(self._attend, (causal, softmax, scale, interpret)))
-        return attended(query, key, value, key_bias, positions, whole=whole)
+        positions, whole = _split(settings.bias, query.shape[0])
+        static = (settings.causal, settings.softmax, settings.scale, interpret)
+        attended = partition.by_batch(functools.partial(self._attend, static))
+        return attended(query, key, value, settings.key_bias, positions, whole=whole)
 
     def _attend(
         self,
@@ -92,12 +89,7 @@ class Kernels:
         self,
         query: Float[Array, "B Q H d"],
         key: Float[Array, "B K G d"],
-        *,
-        key_bias: Float[Array, "B K"] | None,
-        bias: Float[Array, "b H Q K"] | PositionBias | None,
-        causal: bool,
-        softmax: str,
-        scale: float,
+        settings: Settings,
         query_weight: Float[Array, "B Q"] | None,
         statistic: str,
         interpret: Any = False,
@@ -107,15 +99,15 @@ class Kernels:
         Raises:
           NotImplementedError: a `bias` of all pairs, or shapes that the kernels cannot take.
         """
-        self._refuse(bias)
-        static = (self, causal, softmax, scale, statistic, interpret)
+        self._refuse(settings.bias)
+        static = (self, settings.causal, settings.softmax, settings.scale, statistic, interpret)
 
         def stats(*arrays: Any, whole: PositionBias | None = None) -> Array:
             *arrays, positions = arrays
             return _column_stats(static, *arrays, None if whole is None else whole.joined(*positions))
 
-        positions, whole = _split(bias, query.shape[0])
-        return partition.by_batch(stats)(query, key, key_bias, query_weight, positions, whole=whole)
+        positions, whole = _split(settings.bias, query.shape[0])
+        return partition.by_batch(stats)(query, key, settings.key_bias, query_weight, positions, whole=whole)
 
     def all_blocks(self, queries: int, keys: int, causal: bool) -> BlockIndex:
         """The list of all blocks, or of those up to the diagonal when `causal`, in the block sizes that suit the lengths."""
@@ -174,9 +166,10 @@ def _stats_backward(static: tuple, args: Any, cotangent: Array) -> tuple[Any, ..
     *arrays, bias = args
 
     def plain(table: Array | None, query: Array, key: Array, key_bias: Array | None, weight: Array | None) -> Array:
-        options = dict(causal=causal, softmax=softmax, scale=scale, statistic=statistic)
         own = None if bias is None else dataclasses.replace(bias, table=table)
-        return xla.attention_column_stats(query, key, key_bias=key_bias, bias=own, query_weight=weight, **options)
+        return xla.attention_column_stats(
+            query, key, Settings(key_bias, own, causal, softmax, scale), weight, statistic
+        )
 
     dtable, *grads = jax.vjp(plain, None if bias is None else bias.table, *arrays)[1](cotangent)
     return (*grads, None if bias is None else bias.gradient(dtable))

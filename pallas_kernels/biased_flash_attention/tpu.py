@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.biased_flash_attention.over_blocks import Kernels
 from pallas_kernels.block_sparse_attention import tpu as sparse
-from pallas_kernels.block_sparse_attention import tpu_backward, tpu_plan
+from pallas_kernels.block_sparse_attention import tpu_backward, tpu_items, tpu_plan
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
 from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
@@ -105,64 +105,26 @@ def _kernel(
     statistic: str,
     lookup: Lookup | None,
 ) -> None:
-    step, out, offset = pl.program_id(2), scratch["out"], sizes[1] - sizes[0]
-
-    @pl.when(step == 0)
-    def _() -> None:
-        parts.clear(inputs, ("query",), sizes[0], plan.listed_length)
-
+    out = scratch["out"]
+    items = tpu_items.of(inputs, scratch, plan, causal=causal, sizes=sizes, lookup=lookup, own_queries=False)
+    items.clear(("query",), sizes[0])
     out[...] = jnp.zeros(out.shape, jnp.float32)
-    chunks = range(0, plan.own, plan.chunk)
-    # Blocks can be closed for their bias alone.
-    masks = causal or plan.width > 1
     join = jnp.maximum if statistic == "max" else jnp.add
 
-    def first(row: Any) -> Any:
-        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
-
     def put(buffer: int, row: Any, start: Any) -> None:
-        for t, chunk in enumerate(chunks):
-            key = inputs["key"][pl.ds(first(row) + chunk, plan.chunk), :]
-            for w, number in enumerate(parts.numbers(inputs["lists"][0], plan, row, start)):
-                scratch["logits"][buffer][t, w] = parts.product(key, inputs["query"][parts.span(plan, number), :], 1, 1)
-
-    def place(row: Any) -> Any:
-        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
-
-    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        own = step * plan.step_rows + row * plan.own
-        return parts.limits(plan, [number * plan.listed + offset - own for number in ids], start, count, causal)
-
-    def opens(row: Any, start: Any, count: Any) -> Any:
-        if plan.width > 1:
-            return False
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        seen = limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
-        return positions.opens(inputs, lookup, seen, place(row), ids[0])
+        items.put(buffer, row, start, ("logits", "key", "query"))
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        last = limits(ids, row, start, count)
-        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
-        for t, chunk in enumerate(chunks):
-            own, piece = pl.ds(first(row) + chunk, plan.chunk), pl.ds(chunk, plan.chunk)
+        item = items.item(buffer, row, start, count, mask)
+        for t in range(items.pieces):
+            piece = items.piece(t)
             total = out[row, piece, :]
-            for w in range(plan.width):
-                for q in range(0, plan.listed, LANES):
-                    columns = pl.ds(q, LANES)
-                    x = scratch["logits"][buffer][t, w, :, columns]
-                    if "bias" in inputs:
-                        x += inputs["bias"][own, :]
-                    if lookup is not None:
-                        x += (
-                            constant if constant is not None else positions.square(inputs, lookup, ids[w], columns, own)
-                        )
-                    x = parts.masked(x, last[w] + q - chunk) if mask and masks else x
-                    weights = jnp.exp2(x - inputs["lse"][ids[w], :, columns])
-                    total = join(total, weights * inputs["weight"][ids[w], :, columns])
+            for square in items.squares(LANES):
+                weights = jnp.exp2(items.logits(item, t, *square) - items.line("lse", item, *square))
+                total = join(total, weights * items.line("weight", item, *square))
             out[row, piece, :] = total
 
-    tpu_plan.walk(inputs["counts"], plan, put, use, opens)
+    tpu_plan.walk(inputs["counts"], plan, put, use, items.opens)
     for row in range(plan.rows):
         out_ref[pl.ds(row * plan.own, plan.own), :] = out[row]
 

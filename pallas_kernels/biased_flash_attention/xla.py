@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.biased_flash_attention.settings import Settings
 from pallas_kernels.position_bias import PositionBias
 
 # Queries whose rows of the map exist at a time where a map is summed: B H 128 K floats, a few MB at common sizes.
@@ -26,19 +27,14 @@ def biased_attention(
     query: Float[Array, "B Q H d"],
     key: Float[Array, "B K G d"],
     value: Float[Array, "B K G e"],
-    *,
-    key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | PositionBias | None,
-    causal: bool,
-    softmax: str,
-    scale: float,
+    settings: Settings,
 ) -> Float[Array, "B Q H e"]:
     """Softmax in float32; products in the input dtype with float32 accumulation."""
     batch, length, heads, _ = query.shape
-    stacked, keys = _stack(query * scale, key), _heads_first(key)
+    stacked, keys, bias = _stack(query * settings.scale, key), _heads_first(key), settings.bias
     bias = _stack_bias(bias.dense() if isinstance(bias, PositionBias) else bias, key)
-    rows = jnp.arange(length) + key.shape[1] - length if causal else None
-    weights, total = _exponentials(stacked, keys, key_bias, bias, softmax, rows)
+    rows = jnp.arange(length) + key.shape[1] - length if settings.causal else None
+    weights, total = _exponentials(stacked, keys, settings.key_bias, bias, settings.softmax, rows)
     # Dividing after the product touches [S, d] numbers in place of [S, K].
     out = jnp.matmul(weights.astype(value.dtype), _heads_first(value), preferred_element_type=jnp.float32)
     out = (out / total).astype(query.dtype)
@@ -48,23 +44,19 @@ def biased_attention(
 def attention_column_stats(
     query: Float[Array, "B Q H d"],
     key: Float[Array, "B K G d"],
-    *,
-    key_bias: Float[Array, "B K"] | None,
-    bias: Float[Array, "b H Q K"] | PositionBias | None,
-    causal: bool,
-    softmax: str,
-    scale: float,
+    settings: Settings,
     query_weight: Float[Array, "B Q"] | None,
     statistic: str,
 ) -> Float[Array, "B H K"]:
     """Weighted column sums or maxima, `_QUERY_BLOCK` queries of the map at a time."""
     batch, length, heads, _ = query.shape
+    bias = settings.bias
     groups, columns = key.shape[2], key.shape[1]
     weight = jnp.ones((batch, length), jnp.float32) if query_weight is None else query_weight.astype(jnp.float32)
     keys = _heads_first(key)
     block = min(length, _QUERY_BLOCK)
     # Queries that fill up the last block have weight 0.
-    pieces = {"query": _blocks(query * scale, 1, block), "weight": _blocks(weight, 1, block)}
+    pieces = {"query": _blocks(query * settings.scale, 1, block), "weight": _blocks(weight, 1, block)}
     pieces["place"] = _blocks(jnp.arange(length) + columns - length, 0, block)
     pieces |= _bias_pieces(bias, block)
 
@@ -72,8 +64,8 @@ def attention_column_stats(
     @jax.checkpoint
     def add(sums: Array, piece: dict[str, Array]) -> tuple[Array, None]:
         stacked, own_bias = _stack(piece["query"], key), _stack_bias(_piece_bias(piece, bias), key)
-        rows = piece["place"] if causal else None
-        weights, total = _exponentials(stacked, keys, key_bias, own_bias, softmax, rows)
+        rows = piece["place"] if settings.causal else None
+        weights, total = _exponentials(stacked, keys, settings.key_bias, own_bias, settings.softmax, rows)
         share = piece["weight"][:, None, None, :] / total.reshape(batch, groups, -1, block)
         weights = weights.reshape(*share.shape, columns)
         if statistic == "max":

@@ -2,15 +2,17 @@
 """Pieces of the GPU kernels: tiles, lists in the order in which they are worked, masks, products.
 
 A program owns a tile of rows of one side and walks the blocks that are listed for it, a tile of the other side a turn. Masks
-on every block would cost a sixth of the time, so a list is put in order first: blocks in which every pair is attended, then the
-others. The kernels have one loop without any mask and one with all, and the compiler overlaps loads and products in both.
+on every block would cost a sixth of the time, so a list is put in order first: open blocks, in which every pair is attended and
+every row is there, then the others. The kernels have one loop without any mask and one with all, and the compiler overlaps
+loads and products in both.
 
-Shapes: B batch, N rows, M rows with padding, H heads, d head width, C blocks; R own blocks, K list capacity.
+Shapes: B batch, N rows, M rows with padding, H heads, C listed blocks; R own blocks, K list capacity.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +38,7 @@ class Plan:
 
     Attributes:
       own, listed: rows of a tile of the side that programs own and of the side that is listed.
-      own_block, listed_block: rows of their blocks. own_rows, listed_rows: rows without padding.
+      own_block, listed_block: rows of their blocks. own_rows, listed_rows: rows there are. width: of a head.
       warps, stages: of a program: its threads by 32, and tiles in flight.
     """
 
@@ -46,6 +48,7 @@ class Plan:
     listed_block: int
     own_rows: int
     listed_rows: int
+    width: int
     warps: int
     stages: int
 
@@ -64,22 +67,50 @@ class Plan:
         """Programs along the own side."""
         return self.own_length // self.own
 
+    @property
+    def wide(self) -> int:
+        """Columns of a tile: a power of two."""
+        return max(SMALLEST, pl.next_power_of_2(self.width))
 
-def make_plan(index: BlockIndex, own: int, listed: int, warps: int, stages: int) -> Plan:
-    """A plan with tiles of at most `own` and `listed` rows.
+    @property
+    def ragged(self) -> bool:
+        """Whether the last listed block ends early."""
+        return self.listed_rows != self.listed_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tile of listed rows.
+
+    Attributes:
+      number, start: its block, and its first row within it.
+      tile: the number of the mask's tile; None where there are none.
+      closed: whether pairs of it may be masked, rows may be missing, or a bias by positions may differ; static.
+    """
+
+    number: Any
+    start: Any
+    tile: Any
+    closed: bool
+
+
+def make_plan(kernel: str, index: BlockIndex, width: int, dtype: Any, *, positions: bool = False) -> Plan:
+    """The tiles of a kernel, each within one block, with a bias by `positions` or without.
 
     Raises:
-      NotImplementedError: blocks that hold no whole tile of at least 16 rows.
+      NotImplementedError: blocks that hold no whole tile of at least 16 rows, heads wider than 256, or numbers of a size that
+        no tiles are known for.
     """
+    own, listed, warps, stages = _sizes(kernel, width, dtype, positions)
     for name, block in (("block_q", index.block_q), ("block_k", index.block_k)):
         if block % SMALLEST:
             raise NotImplementedError(
                 f"the GPU kernels take blocks that are multiples of {SMALLEST}; got {name}={block}, the nearest is "
                 f"{max(SMALLEST, round(block / SMALLEST) * SMALLEST)}"
             )
-    # Tiles have power-of-two sides and lie within one block.
+    # Tiles have power-of-two sides.
     sides = (min(size, block & -block) for size, block in ((own, index.block_q), (listed, index.block_k)))
-    return Plan(*sides, index.block_q, index.block_k, index.queries, index.keys, warps, stages)
+    return Plan(*sides, index.block_q, index.block_k, index.queries, index.keys, width, warps, stages)
 
 
 # Tiles `(own, listed)`, warps and stages by bytes of a number and for heads up to a width: the tallest own tile, since each
@@ -93,44 +124,46 @@ _SIZES = {
     (4, "query_gradient"): {64: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
     (4, "key_gradients"): {128: (32, 32, 8, 2), 256: (32, 16, 8, 2)},
 }
-# Where a bias by positions takes registers too; wider heads spill.
+# Where a bias by positions takes registers too.
 _POSITION_SIZES = {
-    (2, "forward"): {128: (128, 64, 8, 3)},
-    (2, "query_gradient"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
-    (2, "key_gradients"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
-    (4, "forward"): {64: (64, 32, 8, 2)},
-    (4, "query_gradient"): {64: (32, 16, 8, 2)},
-    (4, "key_gradients"): {64: (32, 32, 8, 2)},
+    (2, "forward"): {128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    (2, "query_gradient"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+    (2, "key_gradients"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (32, 32, 4, 2)},
+    (4, "forward"): {64: (64, 32, 8, 2), 256: (32, 16, 8, 2)},
+    (4, "query_gradient"): {64: (64, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+    (4, "key_gradients"): {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+    # Small tiles have pairs in few buckets.
+    (2, "bucket_sums"): {256: (64, 32, 4, 2)},
+    (4, "bucket_sums"): {64: (32, 32, 4, 2), 128: (32, 16, 4, 2), 256: (16, 16, 4, 2)},
 }
 
 
-def sizes(kernel: str, width: int, dtype: Any, *, positions: bool = False) -> tuple[int, int, int, int]:
-    """Tiles, warps and stages of a kernel, with a bias by `positions` or without.
-
-    Raises:
-      NotImplementedError: heads wider than 256 (with positions 128, or 64 in float32), or numbers of another size.
-    """
+def _sizes(kernel: str, width: int, dtype: Any, positions: bool) -> tuple[int, int, int, int]:
+    """Tiles, warps and stages."""
     found = (_POSITION_SIZES if positions else _SIZES).get((jnp.dtype(dtype).itemsize, kernel))
     if found is None:
         raise NotImplementedError(f"the GPU kernels take bfloat16, float16 and float32; got {jnp.dtype(dtype)}")
     for widest, size in found.items():
         if width <= widest:
             return size
-    what = " with a bias by positions" if positions else ""
-    raise NotImplementedError(f"the GPU kernels{what} take heads of up to {widest}; got a width of {width}")
+    raise NotImplementedError(f"the GPU kernels take heads of up to {widest}; got a width of {width}")
 
 
-def lists(index: BlockIndex, causal: bool, *, own_queries: bool) -> dict[str, Array]:
-    """Tables of the lists, with blocks that need no mask before the others; `own_queries` is False for transposed lists.
+def lists(
+    index: BlockIndex, causal: bool, *, own_queries: bool, near: Bool[Array, "b 1 R C"] | None = None
+) -> dict[str, Array]:
+    """Tables of the lists, with open blocks before the others; `own_queries` is False for transposed lists.
 
-    `ids [b, h, R, K]` and `counts [b, h, R]`; where there are masks, `opens [b, h, R]` entries before the first that needs one;
-    where there are tiles, `tile_of [b, h, R, K]`.
+    `ids [b, h, R, K]` and `counts [b, h, R]`; where not all are open, `opens [b, h, R]` entries before the first that is not;
+    where there are tiles, `tile_of [b, h, R, K]`. `near` blocks are not open.
     """
     ids, counts = (jnp.asarray(leaf, jnp.int32) for leaf in (index.indices, index.counts))
-    # Keys that fill up the last block must be masked. Queries that do are known by their log-sum-exp.
-    ragged = own_queries and index.keys % index.block_k > 0
-    if index.tile_of is None and not causal and not ragged:
+    ragged = index.keys % index.block_k > 0
+    if index.tile_of is None and not causal and not ragged and near is None:
         return {"ids": ids, "counts": counts}
+    if near is not None:
+        ids = jnp.broadcast_to(ids, (max(ids.shape[0], near.shape[0]), *ids.shape[1:]))
+        counts = jnp.broadcast_to(counts, ids.shape[:-1])
     tile_of = jnp.full_like(ids, FULL) if index.tile_of is None else jnp.asarray(index.tile_of, jnp.int32)
     closed = tile_of != FULL
     if ragged:
@@ -142,6 +175,8 @@ def lists(index: BlockIndex, causal: bool, *, own_queries: bool) -> dict[str, Ar
             first, last = ids * index.block_k, jnp.minimum((rows + 1) * index.block_q, index.queries) - 1
         # Open if the first query of the one block sees the last key of the other.
         closed |= first + abs(index.keys - index.queries) < last
+    if near is not None:
+        closed |= jnp.take_along_axis(jnp.broadcast_to(near, (*ids.shape[:-1], near.shape[-1])), ids, axis=-1)
     listed = jnp.arange(ids.shape[-1]) < counts[..., None]
     # One number holds order, block and tile, so one sort without a payload does all.
     kinds = 1 if index.tiles is None else 1 + index.tiles.shape[0]
@@ -156,44 +191,58 @@ def lists(index: BlockIndex, causal: bool, *, own_queries: bool) -> dict[str, Ar
 
 
 def walk(refs: dict[str, Any], place: tuple[Any, ...], plan: Plan, work: Callable[..., Any], state: Any) -> Any:
-    """`state` after `work(number, start, tile, masked, state)` for every tile of listed rows.
+    """`state` after `work(entry, state)` for every tile of listed rows; `place` is where the list stands in the tables."""
+    if "opens" not in refs:
+        return _loop(refs, place, plan, work, 0, refs["counts"][place], state, closed=False)
+    state = _loop(refs, place, plan, work, 0, refs["opens"][place], state, closed=False)
+    return walk_closed(refs, place, plan, work, state)
 
-    `place` is where the list stands in the tables; `number` is the listed block and `start` the first row within it; `tile` is
-    the number of the mask's tile, None where there are none.
-    """
+
+def walk_closed(refs: dict[str, Any], place: tuple[Any, ...], plan: Plan, work: Callable[..., Any], state: Any) -> Any:
+    """`walk` over what is not open."""
+    return _loop(refs, place, plan, work, refs["opens"][place], refs["counts"][place], state, closed=True)
+
+
+def _loop(
+    refs: dict[str, Any],
+    place: tuple[Any, ...],
+    plan: Plan,
+    work: Callable[..., Any],
+    first: Any,
+    end: Any,
+    state: Any,
+    *,
+    closed: bool,
+) -> Any:
     turns = plan.listed_block // plan.listed
 
-    def loop(first: Any, end: Any, masked: bool, state: Any) -> Any:
-        def turn(step: Any, state: Any) -> Any:
-            entry = jax.lax.div(step, turns)
-            tile = refs["tile_of"][(*place, entry)] if masked and "tile_of" in refs else None
-            return work(refs["ids"][(*place, entry)], (step - entry * turns) * plan.listed, tile, masked, state)
+    def turn(step: Any, state: Any) -> Any:
+        entry = jax.lax.div(step, turns)
+        tile = refs["tile_of"][(*place, entry)] if closed and "tile_of" in refs else None
+        return work(Entry(refs["ids"][(*place, entry)], (step - entry * turns) * plan.listed, tile, closed), state)
 
-        return jax.lax.fori_loop(first * turns, end * turns, turn, state)
-
-    count = refs["counts"][place]
-    if "opens" not in refs:
-        return loop(0, count, False, state)
-    opens = refs["opens"][place]
-    return loop(opens, count, True, loop(0, opens, False, state))
+    return jax.lax.fori_loop(first * turns, end * turns, turn, state)
 
 
 def seen(
-    refs: dict[str, Any], plan: Plan, own: Any, number: Any, start: Any, tile: Any, causal: bool, own_queries: bool
-) -> Bool[Array, "o l"]:
-    """Which pairs of own rows, from row `own` on, and listed rows, from row `start` of block `number` on, attend."""
-    shape = plan.own, plan.listed
+    refs: dict[str, Any], plan: Plan, own: Any, entry: Entry, causal: bool, own_queries: bool
+) -> Bool[Array, "o l"] | None:
+    """Which pairs of own rows, from row `own` on, and an entry's rows attend; None for all."""
+    if not entry.closed:
+        return None
+    shape, masks = (plan.own, plan.listed), []
     rows = own + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    columns = number * plan.listed_block + start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    mask = columns < plan.listed_rows
+    columns = entry.number * plan.listed_block + entry.start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    if plan.ragged:
+        masks.append(columns < plan.listed_rows)
     if causal:
         query, key = (rows, columns) if own_queries else (columns, rows)
-        mask &= query + abs(plan.listed_rows - plan.own_rows) >= key
-    if tile is None:
-        return mask
-    inside = jax.lax.rem(own, plan.own_block)
-    bank = refs["bank"][jnp.maximum(tile, 0), pl.ds(inside, plan.own), pl.ds(start, plan.listed)]
-    return mask & ((bank != 0) | (tile == FULL))
+        masks.append(query + abs(plan.listed_rows - plan.own_rows) >= key)
+    if entry.tile is not None:
+        inside = jax.lax.rem(own, plan.own_block)
+        bank = refs["bank"][jnp.maximum(entry.tile, 0), pl.ds(inside, plan.own), pl.ds(entry.start, plan.listed)]
+        masks.append((bank != 0) | (entry.tile == FULL))
+    return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
@@ -201,12 +250,6 @@ def product(left: Array, right: Array, left_axis: int, right_axis: int) -> Array
     exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     dims = (((left_axis,), (right_axis,)), ((), ()))
     return jax.lax.dot_general(left, right, dims, precision=exact, preferred_element_type=jnp.float32)
-
-
-def padded(x: Float[Array, "B N H d"], length: int, dtype: Any) -> Float[Array, "B M H D"]:
-    """Zeros to `length` rows and to a width that is a power of two; where nothing is missing, `x` itself."""
-    width = max(SMALLEST, pl.next_power_of_2(x.shape[3]))
-    return jnp.pad(x.astype(dtype), ((0, 0), (0, length - x.shape[1]), (0, 0), (0, width - x.shape[3])))
 
 
 def last_padded(x: Float[Array, "... N"], length: int, fill: float = 0.0) -> Float[Array, "... M"]:

@@ -2,23 +2,27 @@
 """The bias by relative positions in the GPU kernels: gathered from a small table, summed for the table's gradient.
 
 A table of the relative positions between the first and the last change of bucket is a few hundred numbers a head, which stay in
-the first-level cache.
+the first-level cache. Blocks whose pairs are all in the first or all in the last bucket, as most are in long sequences, are
+open and read one number of it.
 
-Shapes: B batch, N rows, M rows with padding, H heads, W positions of the table, S buckets, o x l a tile of own by listed rows.
+Shapes: B batch, N rows, M rows with padding, H heads, R own and C listed blocks, T own tiles, S room for buckets, o x l a tile
+of own by listed rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import guarded
 from pallas_kernels.block_sparse_attention.gpu_parts import LOG2E, Plan
+from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.position_bias import PositionBias
 
 
@@ -35,70 +39,109 @@ def add(args: dict[str, Array], bias: PositionBias | None, plan: Plan, *, own_qu
     numbers = np.searchsorted(steps.places, np.arange(first, steps.places[-1] + 1), side="right")
     # Softmax is in base 2.
     args["table"] = bias.table.astype(jnp.float32).T[:, np.asarray(steps.buckets)[numbers]] * LOG2E
-    args["places"] = jnp.asarray(steps.places, jnp.int32) - first
+    # No position is so far that it reaches what fills up the places.
+    places = np.full(pl.next_power_of_2(len(steps.buckets)), np.iinfo(np.int32).max)
+    places[: len(steps.places)] = np.asarray(steps.places) - first
+    args["places"] = jnp.asarray(places, jnp.int32)
 
 
-def own(refs: dict[str, Any], row: Any, tile: Any, plan: Plan) -> Int[Array, " o"] | None:
-    """Positions of a program's own rows; None without a bias by positions."""
+def near(bias: PositionBias | None, index: BlockIndex, *, own_queries: bool) -> Bool[Array, "b 1 R C"] | None:
+    """Blocks with pairs in several buckets, or in one that is neither the first nor the last; None without a bias."""
+    if bias is None:
+        return None
+    places = bias.steps().places
+    sides = (bias.query_positions, bias.key_positions)
+    own, listed = (
+        _filled(rows, blocks * size).reshape(rows.shape[0], blocks, size)
+        for rows, blocks, size in zip(
+            sides if own_queries else sides[::-1],
+            (index.query_blocks, index.key_blocks),
+            (index.block_q, index.block_k),
+            strict=True,
+        )
+    )
+    own, listed = own[:, :, None], listed[:, None]
+    queries, keys = (own, listed) if own_queries else (listed, own)
+    least, most = keys.min(-1) - queries.max(-1), keys.max(-1) - queries.min(-1)
+    return ((most >= places[0]) & (least < places[-1]))[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stands:
+    """Where a program's own rows stand: `rows [o]`, `first` the first of them; `listed [M]` are those of listed rows."""
+
+    rows: Int[Array, " o"]
+    first: Any
+    listed: Any
+    own_queries: bool
+
+    def relative(self, rows: Any) -> Int[Array, "o l"]:
+        """Relative positions of a tile, from the start of the table."""
+        listed = self.listed(rows)[None, :]
+        return listed - self.rows[:, None] if self.own_queries else self.rows[:, None] - listed
+
+    def after(self, rows: Any) -> Any:
+        """Whether the pairs of a tile of an open block are in the last bucket, and not in the first."""
+        listed = self.listed(rows.start)
+        return (listed > self.first) if self.own_queries else (self.first > listed)
+
+
+def stands(refs: dict[str, Any], row: Any, tile: Any, plan: Plan, *, own_queries: bool) -> Stands | None:
+    """Positions of a program's rows; None without a bias by positions."""
     if "table" not in refs:
         return None
-    table = refs["own_positions"]
-    return table[row if table.shape[0] > 1 else 0, pl.ds(tile * plan.own, plan.own)]
+    own, listed = refs["own_positions"], refs["listed_positions"]
+    line = row if own.shape[0] > 1 else 0
+    first = tile * plan.own
+
+    def of(rows: Any) -> Any:
+        return listed[row if listed.shape[0] > 1 else 0, rows]
+
+    return Stands(own[line, pl.ds(first, plan.own)], own[line, first], of, own_queries)
 
 
-def relative(
-    refs: dict[str, Any], row: Any, rows: Any, own: Int[Array, " o"], *, own_queries: bool
-) -> Int[Array, "o l"]:
-    """Relative positions of a tile, from the start of the table."""
-    table = refs["listed_positions"]
-    listed = table[row if table.shape[0] > 1 else 0, rows]
-    return listed[None, :] - own[:, None] if own_queries else own[:, None] - listed[None, :]
-
-
-def bias(refs: dict[str, Any], head: Any, relative: Int[Array, "o l"]) -> Float[Array, "o l"]:
-    """The bias of a tile in base 2."""
-    place = jnp.clip(relative, 0, refs["table"].shape[1] - 1)
+def bias(refs: dict[str, Any], head: Any, stands: Stands, rows: Any, closed: bool) -> Any:
+    """The bias of a tile in base 2: `[o, l]`, or one number where the block is open."""
+    end = refs["table"].shape[1] - 1
+    if not closed:
+        return refs["table"][head, jnp.where(stands.after(rows), end, 0)]
+    place = jnp.clip(stands.relative(rows), 0, end)
     return guarded.take(refs["table"].at[head, place], mask=jnp.full(place.shape, True))
 
 
-def no_sums(refs: dict[str, Any]) -> Float[Array, " S"]:
-    """What `sum_buckets` starts from."""
-    return jnp.zeros((sums_size(refs["places"].shape[0]),), jnp.float32)
-
-
-def sums_size(places: int) -> int:
-    """Room for the sums of all buckets."""
-    return pl.next_power_of_2(places + 1)
+def sum_ends(stands: Stands, rows: Any, dlogits: Float[Array, "o l"], ends: list[Array]) -> list[Array]:
+    """Adds the gradients of a tile of an open block to the sums `[o]` of the first bucket or of the last."""
+    after, total = stands.after(rows), jnp.sum(dlogits, axis=1)
+    return [ends[0] + jnp.where(after, 0.0, total), ends[1] + jnp.where(after, total, 0.0)]
 
 
 def sum_buckets(
-    refs: dict[str, Any], relative: Int[Array, "o l"], dlogits: Float[Array, "o l"], sums: Float[Array, " S"]
+    refs: dict[str, Any], stands: Stands, rows: Any, dlogits: Float[Array, "o l"], sums: Float[Array, " S"]
 ) -> Float[Array, " S"]:
-    """`sums` of the gradients in each bucket with those of a tile.
-
-    Most tiles lie in the first or the last bucket as a whole; of the others each bucket is a difference of two sums.
-    """
-    places, total = refs["places"], jnp.sum(dlogits)
-    count = places.shape[0]
-    number = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0)
-    before, after = jnp.max(relative) < places[0], jnp.min(relative) >= places[count - 1]
+    """`sums` of the gradients in each bucket with those of a tile of queries, each bucket a difference of two sums."""
+    places, relative, listed = refs["places"], stands.relative(rows), stands.listed(rows)
+    number, all_places = jax.lax.broadcasted_iota(jnp.int32, sums.shape, 0), places[...]
+    # A tile has no pairs in buckets before its least and after its greatest relative position.
+    ends = jnp.min(listed) - jnp.max(stands.rows), jnp.max(listed) - jnp.min(stands.rows)
+    least, most = (jnp.sum((all_places <= end).astype(jnp.int32)) for end in ends)
 
     def part(step: Any, state: Any) -> Any:
         sums, above = state
         rest = jnp.sum(jnp.where(relative >= places[step], dlogits, 0.0))
         return sums + jnp.where(number == step, above - rest, 0.0), rest
 
-    # A tile in one bucket has no parts to tell.
-    parts = jnp.where(jnp.logical_or(before, after), jnp.int32(0), jnp.int32(count))
-    sums, above = jax.lax.fori_loop(0, parts, part, (sums, total))
-    end = jnp.where(before, jnp.int32(0), jnp.int32(count))
-    return sums + jnp.where(number == end, above, 0.0)
+    sums, above = jax.lax.fori_loop(least, most, part, (sums, jnp.sum(dlogits)))
+    return sums + jnp.where(number == most, above, 0.0)
 
 
-def table_gradient(sums: Float[Array, "B H T S"], bias: PositionBias) -> Float[Array, "N H"]:
-    """The gradient of the table from what `sum_buckets` made of all tiles."""
+def table_gradient(
+    sums: Float[Array, "B H T S"], ends: tuple[Float[Array, "B H M"], ...], bias: PositionBias
+) -> Float[Array, "N H"]:
+    """The gradient of the table from what `sum_buckets` made of all near tiles and `sum_ends` of the others."""
     buckets = np.asarray(bias.steps().buckets)
     found = jnp.sum(sums, axis=(0, 2)).T[: len(buckets)]
+    for number, end in zip((0, -1), ends, strict=True):
+        found = found.at[number].add(jnp.sum(end, axis=(0, 2)))
     return jnp.zeros(bias.table.shape, jnp.float32).at[buckets].set(found)
 
 

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_sparse_attention import tpu_items, tpu_plan, tpu_stream
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
-from pallas_kernels.block_sparse_attention import tpu_plan, tpu_stream
 from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LN2, LOG2E, LOWEST, Plan
@@ -87,8 +87,7 @@ def forward(
             plan=plan,
             causal=causal,
             sunk=sinks is not None,
-            keys=index.keys,
-            offset=index.keys - index.queries,
+            sizes=(index.queries, index.keys),
             lookup=lookup,
         ),
         grid=(batch, heads, plan.tiles),
@@ -116,102 +115,55 @@ def _kernel(
     plan: Plan,
     causal: bool,
     sunk: bool,
-    keys: int,
-    offset: int,
+    sizes: tuple[int, int],
     lookup: Lookup | None,
 ) -> None:
-    step = pl.program_id(2)
-    state, out, counts = scratch["state"], scratch["out"], inputs["counts"]
+    state, out = scratch["state"], scratch["out"]
     state[0] = jnp.full(state.shape[1:], inputs["start"][pl.program_id(1)])
     state[1] = jnp.full(state.shape[1:], 1.0 if sunk else 0.0)
     out[...] = jnp.zeros(out.shape, jnp.float32)
-
-    stream = tpu_stream.of(inputs, scratch, plan)
-    if stream is None:
-
-        @pl.when(step == 0)
-        def _() -> None:
-            parts.clear(inputs, ("key",), keys, plan.listed_length, by_columns=("value_columns",))
-
-    # What idle items leave in the spare list is never read.
-    masks = causal or plan.width > 1
-    pieces = [pl.ds(t * plan.chunk, plan.chunk) for t in range(plan.own // plan.chunk)]
-
-    def first(row: Any) -> Any:
-        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
+    # By the schedules, telling items apart is worth a twentieth without a causal mask too.
+    items = tpu_items.of(
+        inputs, scratch, plan, causal=causal, sizes=sizes, lookup=lookup, own_queries=True, branches=True
+    )
+    items.clear(("key",), sizes[1], by_columns=("value_columns",))
+    # Blocks are worked in squares as wide as the matrix unit, which share one comparison of rows with columns. What idle items
+    # leave in the spare list is never read.
+    squares = items.squares(plan.depth)
 
     def put(buffer: int, row: Any, start: Any) -> None:
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        for t in range(len(pieces)):
-            query = inputs["query"][pl.ds(first(row) + t * plan.chunk, plan.chunk), :]
-            for w, number in enumerate(ids):
-                key = (
-                    inputs["key"][parts.span(plan, number), :] if stream is None else stream.at("put", "key", buffer, w)
-                )
-                scratch["logits"][buffer][t, w] = parts.product(key, query, 1, 1)
-
-    def place(row: Any) -> Any:
-        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
-
-    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        own = step * plan.step_rows + row * plan.own + offset
-        return parts.limits(plan, [own - number * plan.listed for number in ids], start, count, causal)
-
-    def opens(row: Any, start: Any, count: Any) -> Any:
-        # Short blocks are masked in the shadow of the products, and items of several blocks may have idle ones.
-        if plan.width > 1 or "bank" in inputs:
-            return False
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        # Without a causal mask only idle items are not open; by the schedules the branch alone is worth a twentieth.
-        seen = limits(ids, row, start, count)[0] >= plan.listed - 1
-        return positions.opens(inputs, lookup, seen, place(row), ids[0])
+        items.put(buffer, row, start, ("logits", "query", "key"))
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
-        # Items of the spare list have count 0 and are closed wherever they seem to stand.
-        ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
-        last = limits(ids, row, start, count)
-        # Blocks are worked in squares as wide as the matrix unit, which share one comparison of rows with columns.
-        squares = [(w, k, last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)]
-        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
-        for t, piece in enumerate(pieces):
-            own, logits = pl.ds(first(row) + t * plan.chunk, plan.chunk), []
-            for w, k, limit in squares:
-                rows = pl.ds(k, plan.depth)
-                x = scratch["logits"][buffer][t, w, rows, :]
-                if "bias" in inputs:
-                    bias = (
-                        inputs["bias"][ids[w], rows, :] if stream is None else stream.at("use", "bias", buffer, w, rows)
-                    )
-                    x += parts.wide(bias, plan.chunk)
-                if constant is not None:
-                    x += constant
-                elif lookup is not None:
-                    x += positions.square(inputs, lookup, ids[w], rows, own)
-                if "bank" in inputs:
-                    x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
-                logits.append(parts.masked(x, limit + t * plan.chunk) if mask and masks else x)
-            peak = functools.reduce(
-                jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits], state[0, row, :, piece]
-            )
-            shrink = jnp.exp2(state[0, row, :, piece] - peak)
-            weights = [jnp.exp2(x - peak) for x in logits]
-            state[0, row, :, piece] = peak
-            state[1, row, :, piece] = state[1, row, :, piece] * shrink + sum(
-                jnp.sum(x, axis=0, keepdims=True) for x in weights
-            )
-            fresh = []
-            for (w, k, _), x in zip(squares, weights, strict=True):
-                if stream is None:
-                    value = inputs["value_columns"][:, parts.span(plan, ids[w], k, plan.depth)]
-                else:
-                    value = stream.at("use", "value_columns", buffer, w, slice(None), pl.ds(k, plan.depth))
-                fresh.append(parts.product(value, x.astype(value.dtype), 1, 0))
+        item = items.item(buffer, row, start, count, mask)
+        for t in range(items.pieces):
+            piece = items.piece(t)
+            logits = [items.logits(item, t, *square) for square in squares]
+            weights, shrink = _softmax(state, row, piece, logits)
+            fresh = [
+                parts.product(value, x.astype(value.dtype), 1, 0)
+                for x, value in zip(
+                    weights, (items.columns("value_columns", item, *square) for square in squares), strict=True
+                )
+            ]
             out[row, :, piece] = sum(fresh, out[row, :, piece] * shrink)
 
-    tpu_plan.walk(counts, plan, put, use, opens, stream)
+    tpu_plan.walk(inputs["counts"], plan, put, use, items.opens, items.stream)
     for row in range(plan.rows):
         columns = pl.ds(row * plan.own, plan.own)
         some = state[1, row] > 0
         total = jnp.where(some, state[1, row], 1.0)
         out_ref[:, columns] = (out[row] / total).astype(out_ref.dtype)
         lse_ref[:, columns] = jnp.where(some, (state[0, row] + jnp.log2(total)) * LN2, -jnp.inf)
+
+
+def _softmax(
+    state: Any, row: Any, piece: Any, logits: list[Float[Array, "q c"]]
+) -> tuple[list[Float[Array, "q c"]], Float[Array, "1 c"]]:
+    """Weights of logits under the new maxima of their columns, and the factor of what was summed under the old ones."""
+    peak = functools.reduce(jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits], state[0, row, :, piece])
+    shrink = jnp.exp2(state[0, row, :, piece] - peak)
+    weights = [jnp.exp2(x - peak) for x in logits]
+    state[0, row, :, piece] = peak
+    state[1, row, :, piece] = state[1, row, :, piece] * shrink + sum(jnp.sum(x, axis=0, keepdims=True) for x in weights)
+    return weights, shrink

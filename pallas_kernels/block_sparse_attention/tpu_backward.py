@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.block_sparse_attention import tpu_items, tpu_plan, tpu_stream
 from pallas_kernels.block_sparse_attention import tpu_parts as parts
-from pallas_kernels.block_sparse_attention import tpu_plan, tpu_stream
 from pallas_kernels.block_sparse_attention import tpu_positions as positions
 from pallas_kernels.block_sparse_attention.index import BlockIndex
 from pallas_kernels.block_sparse_attention.tpu_plan import LANES, LN2, LOG2E, Plan
@@ -132,100 +132,58 @@ def _query_gradient(
 def _query_kernel(
     inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, sizes: tuple[int, int], lookup: Lookup | None
 ) -> None:
-    step, out, offset = pl.program_id(2), scratch["out"], sizes[1] - sizes[0]
+    out = scratch["out"]
     out[...] = jnp.zeros(out.shape, jnp.float32)
-
-    stream = tpu_stream.of(inputs, scratch, plan)
-    if stream is None:
-
-        @pl.when(step == 0)
-        def _() -> None:
-            parts.clear(inputs, ("key", "value"), sizes[1], plan.listed_length, by_columns=("key_columns",))
-
+    items = tpu_items.of(inputs, scratch, plan, causal=causal, sizes=sizes, lookup=lookup, own_queries=True)
+    items.clear(("key", "value"), sizes[1], by_columns=("key_columns",))
     if lookup is not None:
-
-        @pl.when(step == 0)
-        def _() -> None:
-            outs["table"][...] = jnp.zeros(outs["table"].shape, jnp.float32)
-
-        @pl.when(step == plan.tiles - 1)
-        def _() -> None:
-            # Queries that are not there add nothing to the table's gradient.
-            own = sizes[0] - (plan.tiles - 1) * plan.step_rows
-            parts.clear(inputs, ("query", "dout"), own, plan.step_rows)
-
-    chunks = range(0, plan.own, plan.chunk)
-    # Blocks can be closed for their bias alone.
-    masks = causal or plan.width > 1
-
-    def first(row: Any) -> Any:
-        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
+        _start_table(items, outs["table"], sizes[0])
+    squares = items.squares(plan.depth)
 
     def put(buffer: int, row: Any, start: Any) -> None:
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        for t, chunk in enumerate(chunks):
-            rows = pl.ds(first(row) + chunk, plan.chunk)
-            for w, number in enumerate(ids):
-                span = parts.span(plan, number)
-                for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
-                    listed = inputs[left][span, :] if stream is None else stream.at("put", left, buffer, w)
-                    scratch[name][buffer][t, w] = parts.product(listed, inputs[right][rows, :], 1, 1)
-
-    def place(row: Any) -> Any:
-        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
-
-    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        own = step * plan.step_rows + row * plan.own + offset
-        return parts.limits(plan, [own - number * plan.listed for number in ids], start, count, causal)
-
-    def opens(row: Any, start: Any, count: Any) -> Any:
-        if plan.width > 1 or "bank" in inputs:
-            return False
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        seen = limits(ids, row, start, count)[0] >= plan.listed - 1 if causal else True
-        return positions.opens(inputs, lookup, seen, place(row), ids[0])
+        items.put(buffer, row, start, ("logits", "query", "key"), ("dweights", "dout", "value"))
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
-        ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
-        last = limits(ids, row, start, count)
-        squares = [(w, k, last[w] - k) for w in range(plan.width) for k in range(0, plan.listed, plan.depth)]
+        item = items.item(buffer, row, start, count, mask)
         found: list[Array] = []
-        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
-        for t, chunk in enumerate(chunks):
-            own, piece = pl.ds(first(row) + chunk, plan.chunk), pl.ds(chunk, plan.chunk)
+        for t in range(items.pieces):
+            own, piece = items.own(row, t), items.piece(t)
             lse, delta = inputs["lse"][:, own], inputs["delta"][:, own]
             fresh = []
-            for w, k, limit in squares:
-                rows = pl.ds(k, plan.depth)
-                x = scratch["logits"][buffer][t, w, rows, :]
-                if "bias" in inputs:
-                    bias = (
-                        inputs["bias"][ids[w], rows, :] if stream is None else stream.at("use", "bias", buffer, w, rows)
-                    )
-                    x += parts.wide(bias, plan.chunk)
-                if lookup is not None:
-                    x += constant if constant is not None else positions.square(inputs, lookup, ids[w], rows, own)
-                if "bank" in inputs:
-                    x += inputs["bank"][tiles[0][w], rows, piece].astype(jnp.float32)
-                x = parts.masked(x, limit + chunk) if mask and masks else x
-                dlogits = jnp.exp2(x - lse) * (scratch["dweights"][buffer][t, w, rows, :] - delta)
-                if stream is None:
-                    columns = inputs["key_columns"][:, parts.span(plan, ids[w], k, plan.depth)]
-                else:
-                    columns = stream.at("use", "key_columns", buffer, w, slice(None), rows)
+            for square in squares:
+                weights = jnp.exp2(items.logits(item, t, *square) - lse)
+                dlogits = weights * (items.square("dweights", item, t, *square) - delta)
+                columns = items.columns("key_columns", item, *square)
                 fresh.append(parts.product(columns, dlogits.astype(columns.dtype), 1, 0))
                 if lookup is not None:
                     found.append(dlogits)
-                    scratch["dweights"][buffer][t, w, rows, :] = dlogits
+                    w, k, size = square
+                    scratch["dweights"][buffer][t, w, pl.ds(k, size), :] = dlogits
             out[row, :, piece] = sum(fresh, out[row, :, piece])
         if lookup is not None and mask:
-            positions.sum_buckets(inputs, lookup, plan, scratch["dweights"][buffer], outs["table"], step, row, start)
+            dlogits = scratch["dweights"][buffer]
+            positions.sum_buckets(inputs, lookup, plan, dlogits, outs["table"], items.step, row, start)
         elif lookup is not None:
-            positions.sum_bucket(inputs, lookup, found, outs["table"], place(row), ids[0], row < plan.rows)
+            place = items.place(row)
+            positions.sum_bucket(inputs, lookup, found, outs["table"], place, item.ids[0], row < plan.rows)
 
-    tpu_plan.walk(inputs["counts"], plan, put, use, opens, stream)
+    tpu_plan.walk(inputs["counts"], plan, put, use, items.opens, items.stream)
     for row in range(plan.rows):
         outs["query"][:, pl.ds(row * plan.own, plan.own)] = out[row]
+
+
+def _start_table(items: tpu_items.Items, table: Any, queries: int) -> None:
+    """Zeros for the sums of a head's first step; and where queries end in its last step, as they are summed over too."""
+    plan = items.plan
+
+    @pl.when(items.step == 0)
+    def _() -> None:
+        table[...] = jnp.zeros(table.shape, jnp.float32)
+
+    @pl.when(items.step == plan.tiles - 1)
+    def _() -> None:
+        own = queries - (plan.tiles - 1) * plan.step_rows
+        parts.clear(items.inputs, ("query", "dout"), own, plan.step_rows)
 
 
 def _key_gradients(
@@ -306,74 +264,26 @@ def _key_gradients(
 def _key_kernel(
     inputs: Any, outs: Any, scratch: Any, *, plan: Plan, causal: bool, sizes: tuple[int, int], lookup: Lookup | None
 ) -> None:
-    step, sums, offset = pl.program_id(2), scratch["sums"], sizes[1] - sizes[0]
-
-    stream = tpu_stream.of(inputs, scratch, plan)
-    if stream is None:
-
-        @pl.when(step == 0)
-        def _() -> None:
-            parts.clear(inputs, ("query", "dout"), sizes[0], plan.listed_length)
-
+    sums = scratch["sums"]
+    items = tpu_items.of(inputs, scratch, plan, causal=causal, sizes=sizes, lookup=lookup, own_queries=False)
+    items.clear(("query", "dout"), sizes[0])
     for total in sums.values():
         total[...] = jnp.zeros(total.shape, jnp.float32)
-    chunks = range(0, plan.own, plan.chunk)
-    masks = causal or plan.width > 1
-
-    def first(row: Any) -> Any:
-        return pl.multiple_of(jnp.minimum(row, plan.rows - 1) * plan.own, plan.own)
 
     def put(buffer: int, row: Any, start: Any) -> None:
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        for t, chunk in enumerate(chunks):
-            rows = pl.ds(first(row) + chunk, plan.chunk)
-            for w, number in enumerate(ids):
-                span = parts.span(plan, number)
-                for name, left, right in (("logits", "key", "query"), ("dweights", "value", "dout")):
-                    listed = inputs[right][span, :] if stream is None else stream.at("put", right, buffer, w)
-                    scratch[name][buffer][t, w] = parts.product(inputs[left][rows, :], listed, 1, 1)
-
-    def place(row: Any) -> Any:
-        return step * plan.rows + jnp.minimum(row, plan.rows - 1)
-
-    def limits(ids: list[Any], row: Any, start: Any, count: Any) -> list[Any]:
-        own = step * plan.step_rows + row * plan.own
-        return parts.limits(plan, [number * plan.listed + offset - own for number in ids], start, count, causal)
-
-    def opens(row: Any, start: Any, count: Any) -> Any:
-        if plan.width > 1 or "bank" in inputs:
-            return False
-        ids = parts.numbers(inputs["lists"][0], plan, row, start)
-        seen = limits(ids, row, start, count)[0] >= plan.own - 1 if causal else True
-        return positions.opens(inputs, lookup, seen, place(row), ids[0])
+        items.put(buffer, row, start, ("logits", "key", "query"), ("dweights", "value", "dout"))
 
     def use(buffer: int, row: Any, start: Any, count: Any, mask: bool) -> None:
-        ids, *tiles = (parts.numbers(table, plan, row, start) for table in inputs["lists"])
-        last = limits(ids, row, start, count)
-        squares = [(w, q, last[w] + q) for w in range(plan.width) for q in range(0, plan.listed, plan.depth)]
-        constant = None if lookup is None or mask else positions.constant(inputs, lookup, place(row), ids[0])
-        for t, chunk in enumerate(chunks):
-            own, piece = pl.ds(first(row) + chunk, plan.chunk), pl.ds(chunk, plan.chunk)
+        item = items.item(buffer, row, start, count, mask)
+        for t in range(items.pieces):
+            piece = items.piece(t)
             fresh: dict[str, list[Array]] = {name: [] for name in sums}
-            for w, q, limit in squares:
-                columns = pl.ds(q, plan.depth)
-                x = scratch["logits"][buffer][t, w, :, columns]
-                if "bias" in inputs:
-                    x += parts.wide(inputs["bias"][own, :], plan.depth)
-                if lookup is not None:
-                    x += constant if constant is not None else positions.square(inputs, lookup, ids[w], columns, own)
-                if "bank" in inputs:
-                    x += inputs["bank"][tiles[0][w], piece, columns].astype(jnp.float32)
-                x = parts.masked(x, limit - chunk) if mask and masks else x
-                if stream is None:
-                    listed = parts.span(plan, ids[w], q, plan.depth)
-                    lse, delta = (inputs[name][ids[w], :, columns] for name in ("lse", "delta"))
-                    queries, douts = (inputs[name][listed, :] for name in ("query", "dout"))
-                else:
-                    lse, delta = (stream.at("use", name, buffer, w, slice(None), columns) for name in ("lse", "delta"))
-                    queries, douts = (stream.at("use", name, buffer, w, columns) for name in ("query", "dout"))
+            for square in items.squares(plan.depth):
+                x = items.logits(item, t, *square)
+                lse, delta = (items.line(name, item, *square) for name in ("lse", "delta"))
+                queries, douts = (items.rows(name, item, *square) for name in ("query", "dout"))
                 weights = jnp.exp2(x - lse)
-                dlogits = weights * (scratch["dweights"][buffer][t, w, :, columns] - delta)
+                dlogits = weights * (items.square("dweights", item, t, *square) - delta)
                 fresh["key"].append(parts.product(dlogits.astype(queries.dtype), queries, 1, 0))
                 fresh["value"].append(parts.product(weights.astype(douts.dtype), douts, 1, 0))
                 if "bias" in sums:
@@ -381,7 +291,7 @@ def _key_kernel(
             for name, added in fresh.items():
                 sums[name][row, piece, :] = sum(added, sums[name][row, piece, :])
 
-    tpu_plan.walk(inputs["counts"], plan, put, use, opens, stream)
+    tpu_plan.walk(inputs["counts"], plan, put, use, items.opens, items.stream)
     for name, total in sums.items():
         for row in range(plan.rows):
             outs[name][pl.ds(row * plan.own, plan.own), :] = total[row]

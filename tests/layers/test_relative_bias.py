@@ -10,22 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layers.relative_bias import RelativeBias
-
-
-def _logarithmic(relative, bidirectional, num_buckets, max_distance):
-    """The bucket of one relative position as the T5 paper's code computes it."""
-    bucket = 0
-    if bidirectional:
-        num_buckets //= 2
-        bucket, relative = (num_buckets if relative > 0 else 0), abs(relative)
-    else:
-        relative = max(-relative, 0)
-    exact = num_buckets // 2
-    if relative < exact:
-        return bucket + relative
-    # The small term undoes the rounding of logarithms whose quotient is a whole number.
-    steps = np.log(relative / exact) / np.log(max_distance / exact) * (num_buckets - exact)
-    return bucket + min(exact + int(steps + 1e-9), num_buckets - 1)
+from pallas_kernels.position_bias import relative_buckets
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +27,10 @@ def test_each_entry_is_the_table_at_its_bucket(bias):
     queries, keys = np.asarray([[3, 50]]), np.asarray([[0, 3, 4, 300], [7, 1, 2, 60]])
     out = run(queries, keys)
     assert out.shape == (2, 3, 2, 4)
-    for b, q, k in np.ndindex(2, 2, 4):
-        bucket = _logarithmic(int(keys[b, k] - queries[0, q]), True, 32, 128)
-        np.testing.assert_array_equal(out[b, :, q, k], table[bucket])
+    buckets = relative_buckets(keys[:, None] - queries[..., None], bidirectional=True)
+    for place in np.ndindex(2, 2, 4):
+        b, q, k = place
+        np.testing.assert_array_equal(out[b, :, q, k], table[buckets[place]])
 
 
 @settings(max_examples=20, deadline=None)
@@ -67,8 +53,9 @@ def test_the_gradient_of_the_table_counts_the_pairs_of_each_bucket():
     module, places = RelativeBias(2, bidirectional=False, num_buckets=8, max_distance=20), np.arange(12)[None]
     variables = nn.unbox(module.init(jax.random.key(0), places, places))
     grads = jax.grad(lambda v: jnp.sum(module.apply(v, places, places)))(variables)["params"]["embedding"]
-    pairs = [_logarithmic(int(k - q), False, 8, 20) for q in range(12) for k in range(12)]
-    np.testing.assert_allclose(grads, np.bincount(pairs, minlength=8)[:, None].repeat(2, 1))
+    relative = np.arange(12) - np.arange(12)[:, None]
+    pairs = relative_buckets(relative, bidirectional=False, num_buckets=8, max_distance=20)
+    np.testing.assert_allclose(grads, np.bincount(pairs.ravel(), minlength=8)[:, None].repeat(2, 1))
 
 
 def test_the_table_has_logical_axes_and_float32_under_bfloat16():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention as bsa
-from pallas_kernels.block_sparse_attention import gpu, gpu_parts, reference
+from pallas_kernels.block_sparse_attention import gpu_parts, gpu_positions, reference
+from pallas_kernels.position_bias import PositionBias
 
 # Blocks of three and of five tiles of 16, the last of each cut short.
 H, G, N, L, D = 2, 1, 70, 130, 8
@@ -44,13 +45,15 @@ def test_blocks_of_several_tiles_equal_the_reference(causal, names):
         np.testing.assert_allclose(mine, other, **EXACT)
 
 
-@pytest.mark.parametrize("own_queries", [True, False])
-def test_lists_hold_the_same_blocks_with_those_that_need_no_mask_first(own_queries):
+@pytest.mark.parametrize(("own_queries", "near"), [(True, None), (False, None), (True, [[True, False], [False, True]])])
+def test_lists_hold_the_same_blocks_with_open_ones_first(own_queries, near):
     rng = np.random.default_rng(0)
     mask = rng.random((2, 3, 2, 2)) < 0.7
     index = bsa.from_block_mask(mask, **SIZES)
     index = index if own_queries else index.transposed()
-    table = {name: np.asarray(leaf) for name, leaf in gpu_parts.lists(index, True, own_queries=own_queries).items()}
+    near = None if near is None else np.asarray(near)[None, None]
+    lists = gpu_parts.lists(index, True, own_queries=own_queries, near=near)
+    table = {name: np.asarray(leaf) for name, leaf in lists.items()}
     seen = np.tri(N, L, L - N, dtype=bool)
     for place in np.ndindex(index.counts.shape):
         count, opens = table["counts"][place], table["opens"][place]
@@ -59,8 +62,25 @@ def test_lists_hold_the_same_blocks_with_those_that_need_no_mask_first(own_queri
         for entry, block in enumerate(listed):
             row, column = (place[2], block) if own_queries else (block, place[2])
             pairs = seen[row * 48 : (row + 1) * 48, column * 80 : (column + 1) * 80]
-            whole = pairs.all() and (pairs.shape[1] == 80 or not own_queries)
+            there = pairs.shape[1] == 80 if own_queries else pairs.shape[0] == 48
+            whole = pairs.all() and there and (near is None or not near[0, 0, place[2], block])
             assert (entry < opens) == whole
+
+
+@pytest.mark.parametrize(("own_queries", "bidirectional"), [(True, True), (False, True), (True, False)])
+def test_near_blocks_are_those_with_a_pair_that_is_in_neither_end(own_queries, bidirectional):
+    rng = np.random.default_rng(0)
+    index = bsa.from_block_mask(np.ones((1, 1, 5, 4), bool), queries=70, keys=60, block_q=16, block_k=16)
+    queries, keys = (np.sort(rng.choice(600, (2, size)), axis=1).astype(np.int32) for size in (70, 60))
+    bias = PositionBias(np.zeros((8, H), np.float32), queries, keys, bidirectional, 40)
+    near = gpu_positions.near(bias, index if own_queries else index.transposed(), own_queries=own_queries)
+    near = np.asarray(near)[:, 0] if own_queries else np.asarray(near)[:, 0].swapaxes(1, 2)
+    first, *_, last = bias.steps().places
+    relative = keys[:, None, :] - queries[:, :, None]
+    for b, row, column in np.ndindex(2, 5, 4):
+        pairs = relative[b, row * 16 : (row + 1) * 16, column * 16 : (column + 1) * 16]
+        assert near[b, row, column] == (not (np.all(pairs < first) or np.all(pairs >= last)))
+    assert near.any() and not near.all()
 
 
 def test_lists_without_masks_are_taken_as_they_are():
@@ -81,7 +101,7 @@ def test_tiles_divide_blocks_and_follow_width_and_dtype(block_q, block_k, width,
     index = bsa.from_block_mask(
         np.ones((1, 1, 2, 2), bool), queries=2 * block_q, keys=2 * block_k, block_q=block_q, block_k=block_k
     )
-    plan = gpu.make_plan(index, width, dtype)
+    plan = gpu_parts.make_plan("forward", index, width, dtype)
     assert (plan.own, plan.listed) == tiles
 
 

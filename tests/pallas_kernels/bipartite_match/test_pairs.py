@@ -58,6 +58,9 @@ def run(similarity, partner, mass, **options):
         (14, 0, None, True),
         (17, 2, 0.2, False),
         (150, 9, 0.5, True),
+        # Several registers of tokens and of those that join.
+        (601, 140, None, True),
+        (601, 140, None, False),
     ],
 )
 @settings(max_examples=4, deadline=None)
@@ -104,17 +107,9 @@ def test_what_does_not_fit_is_refused():
         )
 
 
-@pytest.mark.parametrize(
-    ("batch", "even", "parts", "chunk"),
-    [(16, 513, 8, 72), (32, 289, 4, 80), (3, 7, 1, 8), (1, 600, 16, 40), (200, 99, 1, 104)],
-)
-def test_copies_of_few_sequences_fill_the_lanes(batch, even, parts, chunk):
-    lanes = pairs_tpu._Lanes.plan(batch, even)
-    assert (lanes.parts, lanes.chunk, lanes.group) == (parts, chunk, 128 // parts)
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_sequences_of_several_steps_do_not_mix(implementation):
+def test_sequences_of_several_steps_do_not_mix(monkeypatch, implementation):
+    monkeypatch.setattr(pairs_tpu, "_STEP", 64 * 128)
     rng = np.random.default_rng(0)
     similarity, mass = rng.normal(size=(130, 9)).astype(np.float32), np.ones((130, 18), np.float32)
     partner = rng.integers(0, 9, (130, 9)).astype(np.int32)

@@ -13,10 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
 LANES = 128
+# Columns of a fold that are worked together.
+_UNROLL = 8
 
 
 def whole(lanes: int) -> int:
@@ -98,10 +101,11 @@ def packed(values: Int[Array, "S L"], gaps: Int[Array, "S L"], most: int) -> Int
     return word & 0xFFFF
 
 
-def fold(
-    arrays: tuple[Array, ...], count: Any, body: Callable[..., Any], state: Any, *, unroll: int = 1
-) -> Any:
-    """`state = body(place, columns, state)` for the first `count` places, each array's column there in all lanes of a register."""
+def fold(arrays: tuple[Array, ...], count: Any, body: Callable[..., Any], state: Any) -> Any:
+    """`state = body(place, columns, state)` for the first `count` places, with the arrays' columns there in every lane.
+
+    A count that is only known when the kernel runs may be exceeded by `_UNROLL - 1` places, which are then to change nothing.
+    """
     pieces = [_registers(array) for array in arrays]
     for register, parts in enumerate(zip(*pieces, strict=True)):
         start = register * LANES
@@ -110,11 +114,17 @@ def fold(
             place = jnp.full(parts[0].shape, lane, jnp.int32)
             return body(start + lane, [_shuffle(part, place) for part in parts], state)
 
+        def several(turn: Any, state: Any, step: Callable[..., Any] = step) -> Any:
+            for lane in range(_UNROLL):
+                state = step(turn * _UNROLL + lane, state)
+            return state
+
+        left = min(max(count - start, 0), LANES) if isinstance(count, int) else jnp.clip(count - start, 0, LANES)
+        turns = left // _UNROLL if isinstance(count, int) else pl.cdiv(left, _UNROLL)
+        state = jax.lax.fori_loop(0, turns, several, state)
         if isinstance(count, int):
-            trips = min(max(count - start, 0), LANES)
-            state = jax.lax.fori_loop(0, trips, step, state, unroll=max(min(unroll, trips), 1))
-        else:
-            state = jax.lax.fori_loop(0, jnp.clip(count - start, 0, LANES), step, state)
+            for lane in range(turns * _UNROLL, left):
+                state = step(lane, state)
     return state
 
 

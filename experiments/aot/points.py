@@ -332,11 +332,22 @@ def _decode_cycles(program: schedule.Program, spec: decode_specs.Spec) -> float:
     """
     heads = next(region for region in program.step.inside if region.kind == "loop")
     block = next(region for region in heads.inside if region.kind == "loop")
-    starts = max((region for region in block.inside if region.inside), key=lambda region: region.bundles)
-    runs = sum(region.bundles for region in starts.inside if not region.inside)
+    # One form for each buffer: in it starts and work are one region when the block to come is whole, and two otherwise.
+    forms = [(form.own, work.bundles) for form, work in _whole_blocks(block)]
+    worked = sum(own + work for own, work in forms) / len(forms)
     blocks = -(-spec.listed // decode.block_pages(spec.slots, spec.width, spec.dtype, spec.listed))
-    one = heads.own + blocks * (block.own + starts.own + runs)
+    one = heads.own + blocks * (block.own + worked)
     return program.grid.trips * program.grid.own + spec.batch * (program.step.own + spec.groups * one)
+
+
+def _whole_blocks(region: schedule.Region) -> Iterator[tuple[schedule.Region, schedule.Region]]:
+    """Regions that hold two forms of a product, each with that form which has no branch."""
+    works = [one for one in region.inside if one.matmul_slots and not any(inner.matmul_slots for inner in one.inside)]
+    if len(works) == 2:
+        yield region, min(works, key=lambda work: len(work.inside))
+        return
+    for inner in region.inside:
+        yield from _whole_blocks(inner)
 
 
 def _vit_layer(tokens: int, batch: int, removed: int, attention: str) -> tuple:

@@ -25,8 +25,6 @@ from pallas_kernels import rows
 _LONGEST = 640
 # Numbers of a step: chains of dependent work are long, and several sequences hide them.
 _STEP = 16384
-# Columns worked without a loop.
-_UNROLL = 8
 
 
 def pair_up(
@@ -128,7 +126,7 @@ def _ranks(similarity: Float[Array, "S L"], even: int) -> Int[Array, "S L"]:
         ahead = (passing > similarity) | ((passing == similarity) & (place < token))
         return rank + jnp.where(ahead, 1, 0)
 
-    return rows.fold((similarity,), even, count, jnp.zeros(token.shape, jnp.int32), unroll=_UNROLL)
+    return rows.fold((similarity,), even, count, jnp.zeros(token.shape, jnp.int32))
 
 
 def _inverse(place: Int[Array, "S L"], even: int) -> Int[Array, "S L"]:
@@ -138,7 +136,7 @@ def _inverse(place: Int[Array, "S L"], even: int) -> Int[Array, "S L"]:
     def stand(token, columns, order):
         return order + jnp.where(rows.spread(columns[0], slot.shape[1]) == slot, token, 0)
 
-    return rows.fold((place,), even, stand, jnp.zeros_like(place), unroll=_UNROLL)
+    return rows.fold((place,), even, stand, jnp.zeros_like(place))
 
 
 def _totals(
@@ -162,4 +160,4 @@ def _totals(
         own, more = (rows.spread(column, total.shape[1]) for column in columns)
         return total + jnp.where(own == odd, more, 0.0)
 
-    return rows.fold((to, mass), joined if known else jnp.max(joined), add, masses[1], unroll=_UNROLL)
+    return rows.fold((to, mass), joined if known else jnp.max(joined), add, masses[1])

@@ -9,6 +9,7 @@ import pytest
 from experiments.aot import points
 from experiments.aot.schedule import Program, Region
 from pallas_kernels.block_sparse_attention import from_block_mask, tpu_plan
+from pallas_kernels.sparse_decode_attention import specs as decode_specs
 
 
 def program(step, trips):
@@ -30,6 +31,20 @@ def test_a_kernel_of_a_layer_counts_its_steps_and_the_split_of_tables_once_for_s
     assert points._cycles(plain, 16) == 20 + 18 * 7 + 16 * 140
     pairs = dataclasses.replace(plain, name="merge_pairs.1")
     assert points._cycles(pairs, 16) == 20 + 18 * 7 + 16 * 100 + 2 * 40
+
+
+def test_a_block_of_pages_counts_the_form_whose_copies_start_beside_the_work():
+    spec = decode_specs.NAMED["llama_8b_page_16"]
+
+    def form(whole):
+        part = Region("if", whole - 50, None, 208, (Region("loop", 70, None, 0),))
+        return Region("if", 80 + whole + part.bundles, None, 416, (Region("if", whole, None, 208), part))
+
+    block = Region("loop", 60 + sum(form(size).bundles for size in (1600, 1700)), None, 832, (form(1600), form(1700)))
+    heads = Region("loop", 140 + block.bundles, spec.groups, 832, (block,))
+    kernel = program(Region("if", 15 + heads.bundles, None, 832, (heads,)), spec.batch + 2)
+    # All pages of a list are one block.
+    assert points._decode_cycles(kernel, spec) == 10 * 7 + 8 * (15 + 8 * (140 + 60 + 80 + 1650))
 
 
 def tile(blocks, causal):

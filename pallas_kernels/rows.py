@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 LANES = 128
 # Columns of a fold that are worked together.
-_UNROLL = 8
+UNROLL = 8
 
 
 def whole(lanes: int) -> int:
@@ -104,7 +104,7 @@ def packed(values: Int[Array, "S L"], gaps: Int[Array, "S L"], most: int) -> Int
 def fold(arrays: tuple[Array, ...], count: Any, body: Callable[..., Any], state: Any) -> Any:
     """`state = body(place, columns, state)` for the first `count` places, with the arrays' columns there in every lane.
 
-    A count that is only known when the kernel runs may be exceeded by `_UNROLL - 1` places, which are then to change nothing.
+    A count that is only known when the kernel runs may be exceeded by `UNROLL - 1` places, which are then to change nothing.
     """
     pieces = [_registers(array) for array in arrays]
     for register, parts in enumerate(zip(*pieces, strict=True)):
@@ -115,15 +115,15 @@ def fold(arrays: tuple[Array, ...], count: Any, body: Callable[..., Any], state:
             return body(start + lane, [_shuffle(part, place) for part in parts], state)
 
         def several(turn: Any, state: Any, step: Callable[..., Any] = step) -> Any:
-            for lane in range(_UNROLL):
-                state = step(turn * _UNROLL + lane, state)
+            for lane in range(UNROLL):
+                state = step(turn * UNROLL + lane, state)
             return state
 
         left = min(max(count - start, 0), LANES) if isinstance(count, int) else jnp.clip(count - start, 0, LANES)
-        turns = left // _UNROLL if isinstance(count, int) else pl.cdiv(left, _UNROLL)
+        turns = left // UNROLL if isinstance(count, int) else pl.cdiv(left, UNROLL)
         state = jax.lax.fori_loop(0, turns, several, state)
         if isinstance(count, int):
-            for lane in range(turns * _UNROLL, left):
+            for lane in range(turns * UNROLL, left):
                 state = step(lane, state)
     return state
 

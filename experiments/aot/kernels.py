@@ -341,6 +341,17 @@ def compiler_versions(*names: str) -> dict[str, str]:
     return {name: version for name, version in versions().items() if name in names}
 
 
+def finished(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of estimates with short numbers, and what made it."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(one) for key, one in value.items()}
+        return round(value, 4 if abs(value) < 10 else 1) if isinstance(value, float) else value
+
+    return {**short(row), "kind": KIND, "versions": compiler_versions("jax", "jaxlib", "libtpu")}
+
+
 def _instructions(text: str) -> Iterator[tuple[str, str]]:
     """Name and line of each instruction of a compiled program."""
     for line in text.splitlines():

@@ -18,8 +18,8 @@ from adaptive.tokens import TokenSet
 from experiments.aot import attention_points, compiler, kernels, schedule
 from layers.hooks import Reduce
 from layers.vit import SHAPES, Block
+from pallas_kernels import across
 from pallas_kernels import ragged_prefix_mlp as prefix
-from pallas_kernels import rows as rows_of_tokens
 from pallas_kernels.biased_flash_attention import tpu as biased
 from pallas_kernels.merge import tpu_pairs
 from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
@@ -193,7 +193,7 @@ def _facts_cycles(program: schedule.Program, removed: int) -> float:
     """All sequences are one step; a register of tokens that do not head a slot has a loop of its own, for those there are."""
     work = program.regions[0]
     (guard,) = work.inside
-    turns = -(-removed // rows_of_tokens.UNROLL)
+    turns = -(-removed // across.UNROLL)
     own = program.bundles - sum(region.bundles for region in program.regions)
     return own + work.own + guard.own + turns * guard.inside[0].bundles
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import rows
+from pallas_kernels import across
 
 # Even tokens above which comparisons of all with all cost more than a sort.
 _LONGEST = 640
@@ -47,7 +47,7 @@ def pair_up(
         raise NotImplementedError(f"pair_up takes at most {2 * _LONGEST} tokens; got {length}")
     arrays = [similarity, partner, mass, *(() if above is None else (above.astype(jnp.float32),))]
     # Rows past the end of the batch may be anything and are never written.
-    group = min(batch, max(_STEP // rows.whole(even) // 8 * 8, 8))
+    group = min(batch, max(_STEP // across.whole(even) // 8 * 8, 8))
 
     def block(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((group, size), lambda b: (b, 0))
@@ -68,31 +68,31 @@ def pair_up(
 def _kernel(similarity_ref, partner_ref, mass_ref, *refs, removed, ordered, limited):
     above_ref, (heads_ref, assign_ref, weight_ref) = (refs[0], refs[1:]) if limited else (None, refs)
     even, length = similarity_ref.shape[1], mass_ref.shape[1]
-    lanes, slots = rows.whole(even), heads_ref.shape[1]
-    similarity = rows.padded(similarity_ref[...], lanes, -jnp.inf)
-    partner = rows.padded(partner_ref[...], lanes)
-    masses = rows.halves(rows.padded(mass_ref[...], 2 * lanes))
-    token = rows.number(similarity.shape)
+    lanes, slots = across.whole(even), heads_ref.shape[1]
+    similarity = across.padded(similarity_ref[...], lanes, -jnp.inf)
+    partner = across.padded(partner_ref[...], lanes)
+    masses = across.halves(across.padded(mass_ref[...], 2 * lanes))
+    token = across.number(similarity.shape)
     rank = None if ordered else _ranks(similarity, even)
     joins = _most_similar(similarity, removed) if ordered else rank < removed
     if limited:
-        joins |= rows.padded(above_ref[...], lanes) > 0
-    before = rows.count_before(jnp.where(joins, 1.0, 0.0)).astype(jnp.int32)
+        joins |= across.padded(above_ref[...], lanes) > 0
+    before = across.count_before(jnp.where(joins, 1.0, 0.0)).astype(jnp.int32)
     joined = jnp.sum(jnp.where(joins, 1.0, 0.0), axis=1, keepdims=True).astype(jnp.int32) if limited else removed
     unmerged, most = even - joined, even if limited else removed
     # All that join are more similar than those that stay.
     place = token - before if ordered else rank - joined
-    order = rows.packed(token, jnp.where(joins, 0, before), most) if ordered else _inverse(place, even)
+    order = across.packed(token, jnp.where(joins, 0, before), most) if ordered else _inverse(place, even)
     totals = _totals(joins, token - before, partner, masses, joined)
-    wholes = jnp.where(joins, rows.take(totals, partner), masses[0]), totals
+    wholes = jnp.where(joins, across.take(totals, partner), masses[0]), totals
     weights = [mass / jnp.where(total > 0, total, 1.0) for mass, total in zip(masses, wholes, strict=True)]
-    weight_ref[...] = rows.interleaved(*weights)[:, :length]
-    assign = rows.interleaved(jnp.where(joins, unmerged + partner, place), unmerged + token)
+    weight_ref[...] = across.interleaved(*weights)[:, :length]
+    assign = across.interleaved(jnp.where(joins, unmerged + partner, place), unmerged + token)
     assign_ref[...] = assign[:, :length]
-    room = max(rows.whole(slots), lanes)
-    behind = rows.number((token.shape[0], room)) - unmerged
+    room = max(across.whole(slots), lanes)
+    behind = across.number((token.shape[0], room)) - unmerged
     last = jnp.where(behind < length // 2, 2 * behind + 1, -1)
-    heads_ref[...] = jnp.where(behind < 0, 2 * rows.padded(order, room), last)[:, :slots]
+    heads_ref[...] = jnp.where(behind < 0, 2 * across.padded(order, room), last)[:, :slots]
 
 
 def _most_similar(similarity: Float[Array, "S L"], removed: int) -> Bool[Array, "S L"]:
@@ -110,7 +110,7 @@ def _most_similar(similarity: Float[Array, "S L"], removed: int) -> Bool[Array, 
         least += sum(jnp.where(enough, np.int32(1 << shift), 0) for enough in reached)
     equal = key == least
     free = removed - _count(key > least)
-    return (key > least) | (equal & (rows.count_before(jnp.where(equal, 1.0, 0.0)) < free))
+    return (key > least) | (equal & (across.count_before(jnp.where(equal, 1.0, 0.0)) < free))
 
 
 def _count(where: Bool[Array, "S L"]) -> Float[Array, "S 1"]:
@@ -119,24 +119,24 @@ def _count(where: Bool[Array, "S L"]) -> Float[Array, "S 1"]:
 
 def _ranks(similarity: Float[Array, "S L"], even: int) -> Int[Array, "S L"]:
     """How many even tokens are more similar than each, or as similar and before it."""
-    token = rows.number(similarity.shape)
+    token = across.number(similarity.shape)
 
     def count(place, columns, rank):
-        passing = rows.spread(columns[0], similarity.shape[1])
+        passing = across.spread(columns[0], similarity.shape[1])
         ahead = (passing > similarity) | ((passing == similarity) & (place < token))
         return rank + jnp.where(ahead, 1, 0)
 
-    return rows.fold((similarity,), even, count, jnp.zeros(token.shape, jnp.int32))
+    return across.fold((similarity,), even, count, jnp.zeros(token.shape, jnp.int32))
 
 
 def _inverse(place: Int[Array, "S L"], even: int) -> Int[Array, "S L"]:
     """Which token stands at each place; 0 where none does."""
-    slot = rows.number(place.shape)
+    slot = across.number(place.shape)
 
     def stand(token, columns, order):
-        return order + jnp.where(rows.spread(columns[0], slot.shape[1]) == slot, token, 0)
+        return order + jnp.where(across.spread(columns[0], slot.shape[1]) == slot, token, 0)
 
-    return rows.fold((place,), even, stand, jnp.zeros_like(place))
+    return across.fold((place,), even, stand, jnp.zeros_like(place))
 
 
 def _totals(
@@ -147,17 +147,17 @@ def _totals(
     joined: Int[Array, "S 1"] | int,
 ) -> Float[Array, "S L"]:
     """Masses of odd tokens with those of the even ones that join them; `stay` of these stand before each."""
-    odd, known = rows.number(joins.shape), isinstance(joined, int)
+    odd, known = across.number(joins.shape), isinstance(joined, int)
     if known and joined == 0:
         return masses[1]
     # Those that join stand close, so that there is a pass for each of them only.
-    joining = rows.packed(odd, jnp.where(joins, stay, 0), joins.shape[1] - 1)
-    joining = joining[:, : rows.whole(joined)] if known else joining
-    to, mass = rows.take(partner, joining), rows.take(masses[0], joining)
-    to = jnp.where(rows.number(to.shape) < joined, to, -1)
+    joining = across.packed(odd, jnp.where(joins, stay, 0), joins.shape[1] - 1)
+    joining = joining[:, : across.whole(joined)] if known else joining
+    to, mass = across.take(partner, joining), across.take(masses[0], joining)
+    to = jnp.where(across.number(to.shape) < joined, to, -1)
 
     def add(_, columns, total):
-        own, more = (rows.spread(column, total.shape[1]) for column in columns)
+        own, more = (across.spread(column, total.shape[1]) for column in columns)
         return total + jnp.where(own == odd, more, 0.0)
 
-    return rows.fold((to, mass), joined if known else jnp.max(joined), add, masses[1])
+    return across.fold((to, mass), joined if known else jnp.max(joined), add, masses[1])

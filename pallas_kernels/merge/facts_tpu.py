@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import rows
+from pallas_kernels import across
 
 # Tokens of which every register of slots looks at every register.
 _LONGEST = 1280
@@ -45,7 +45,7 @@ def merge_facts(
     if longest > _LONGEST:
         raise NotImplementedError(f"merge_facts takes at most {_LONGEST} tokens and slots; got {longest}")
     # Rows past the end of the batch may be anything and are never written.
-    group = min(batch, max(_STEP // rows.whole(longest) // 8 * 8, 8))
+    group = min(batch, max(_STEP // across.whole(longest) // 8 * 8, 8))
 
     def block(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((group, size), lambda b: (b, 0))
@@ -72,44 +72,44 @@ def merge_facts(
 
 def _kernel(mass_ref, coords_ref, weight_ref, origin_ref, heads_ref, assign_ref, *outputs):
     mass_out, coords_out, origin_out = outputs
-    lanes, room, slots = rows.whole(assign_ref.shape[1]), rows.whole(heads_ref.shape[1]), heads_ref.shape[1]
-    assign, heads = rows.padded(assign_ref[...], lanes, -1), rows.padded(heads_ref[...], room, -1)
-    weight = rows.padded(weight_ref[...], lanes)
-    numbers = [rows.padded(coords_ref[c], lanes) * weight for c in range(coords_ref.shape[0])]
-    numbers = [rows.padded(mass_ref[...], lanes), *numbers]
+    lanes, room, slots = across.whole(assign_ref.shape[1]), across.whole(heads_ref.shape[1]), heads_ref.shape[1]
+    assign, heads = across.padded(assign_ref[...], lanes, -1), across.padded(heads_ref[...], room, -1)
+    weight = across.padded(weight_ref[...], lanes)
+    numbers = [across.padded(coords_ref[c], lanes) * weight for c in range(coords_ref.shape[0])]
+    numbers = [across.padded(mass_ref[...], lanes), *numbers]
     # A head counts where it joins its slot.
-    leads = (heads >= 0) & (rows.take(assign, heads) == rows.number(heads.shape))
-    totals = [jnp.where(leads, rows.take(number, heads), 0.0) for number in numbers]
+    leads = (heads >= 0) & (across.take(assign, heads) == across.number(heads.shape))
+    totals = [jnp.where(leads, across.take(number, heads), 0.0) for number in numbers]
     total, *sums = _add_others(totals, numbers, assign, heads)
     mass_out[...] = total[:, :slots]
     for c, one in enumerate(sums):
         coords_out[c] = one[:, :slots]
     length = origin_ref.shape[1]
-    origin = rows.padded(origin_ref[...], rows.whole(length), -1)
-    origin_out[...] = jnp.where(origin >= 0, rows.take(assign, origin), -1)[:, :length]
+    origin = across.padded(origin_ref[...], across.whole(length), -1)
+    origin_out[...] = jnp.where(origin >= 0, across.take(assign, origin), -1)[:, :length]
 
 
 def _add_others(
     totals: list[Float[Array, "S L"]], numbers: list[Float[Array, "S L"]], assign: Array, heads: Array
 ) -> list[Float[Array, "S L"]]:
     """The sums of slots with the tokens that do not head theirs."""
-    token, slot = rows.number(assign.shape), rows.number(heads.shape)
-    joins = (assign >= 0) & (rows.take(heads, assign) != token)
+    token, slot = across.number(assign.shape), across.number(heads.shape)
+    joins = (assign >= 0) & (across.take(heads, assign) != token)
     ones = jnp.where(joins, 1.0, 0.0)
-    free = token - rows.count_before(ones).astype(jnp.int32)
-    joining = rows.packed(token, jnp.where(joins, free, 0), assign.shape[1] - 1)
+    free = token - across.count_before(ones).astype(jnp.int32)
+    joining = across.packed(token, jnp.where(joins, free, 0), assign.shape[1] - 1)
     count = jnp.sum(ones, axis=1, keepdims=True).astype(jnp.int32)
     most = jnp.max(count)
 
     def add(_, columns, totals):
-        to, *more = (rows.spread(column, slot.shape[1]) for column in columns)
+        to, *more = (across.spread(column, slot.shape[1]) for column in columns)
         return [total + jnp.where(to == slot, one, 0.0) for total, one in zip(totals, more, strict=True)]
 
     def register(start, totals):
-        own = joining[:, start : start + rows.LANES]
-        to = jnp.where(start + rows.number(own.shape) < count, rows.take(assign, own), -1)
-        return rows.fold((to, *(rows.take(number, own) for number in numbers)), most - start, add, totals)
+        own = joining[:, start : start + across.LANES]
+        to = jnp.where(start + across.number(own.shape) < count, across.take(assign, own), -1)
+        return across.fold((to, *(across.take(number, own) for number in numbers)), most - start, add, totals)
 
-    for start in range(0, assign.shape[1], rows.LANES):
+    for start in range(0, assign.shape[1], across.LANES):
         totals = jax.lax.cond(most > start, functools.partial(register, start), lambda totals: totals, totals)
     return totals

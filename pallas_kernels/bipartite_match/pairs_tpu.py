@@ -35,6 +35,7 @@ def pair_up(
     *,
     removed: int,
     ordered: bool,
+    protected: bool,
     interpret: bool = False,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B N"], Float[Array, "B N"]]:
     """Heads, slots of tokens, and their weights; what is `above` a threshold merges in any case.
@@ -54,7 +55,7 @@ def pair_up(
 
     sizes, kinds = (length - removed, length, length), (jnp.int32, jnp.int32, jnp.float32)
     return pl.pallas_call(
-        functools.partial(_kernel, removed=removed, ordered=ordered, limited=above is not None),
+        functools.partial(_kernel, removed=removed, ordered=ordered, protected=protected, limited=above is not None),
         out_shape=[jax.ShapeDtypeStruct((batch, size), kind) for size, kind in zip(sizes, kinds, strict=True)],
         grid=(pl.cdiv(batch, group),),
         in_specs=[block(array.shape[1]) for array in arrays],
@@ -65,18 +66,22 @@ def pair_up(
     )(*arrays)
 
 
-def _kernel(similarity_ref, partner_ref, mass_ref, *refs, removed, ordered, limited):
+def _kernel(similarity_ref, partner_ref, mass_ref, *refs, removed, ordered, protected, limited):
     above_ref, (heads_ref, assign_ref, weight_ref) = (refs[0], refs[1:]) if limited else (None, refs)
     even, length = similarity_ref.shape[1], mass_ref.shape[1]
     lanes, slots = across.whole(even), heads_ref.shape[1]
-    similarity = across.padded(similarity_ref[...], lanes, -jnp.inf)
     partner = across.padded(partner_ref[...], lanes)
     masses = across.halves(across.padded(mass_ref[...], 2 * lanes))
-    token = across.number(similarity.shape)
+    token = across.number(partner.shape)
+    least = token >= even
+    least = least | (token == 0) if protected else least
+    padding = (masses[0] == 0) & ~least
+    similarity = jnp.where(padding, jnp.inf, across.padded(similarity_ref[...], lanes))
+    similarity = jnp.where(least, -jnp.inf, similarity)
     rank = None if ordered else _ranks(similarity, even)
     joins = _most_similar(similarity, removed) if ordered else rank < removed
     if limited:
-        joins |= across.padded(above_ref[...], lanes) > 0
+        joins |= ((across.padded(above_ref[...], lanes) > 0) & ~least) | padding
     before = across.count_before(jnp.where(joins, 1.0, 0.0)).astype(jnp.int32)
     joined = jnp.sum(jnp.where(joins, 1.0, 0.0), axis=1, keepdims=True).astype(jnp.int32) if limited else removed
     unmerged, most = even - joined, even if limited else removed

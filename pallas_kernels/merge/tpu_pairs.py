@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import across, vmem
 
-# Columns of features worked at a time; even tokens of a tile, or its slots where tokens of any place may join them; even tokens
+# Columns of features, and odd rows of them, worked at a time; even tokens of a tile, or its slots where tokens of any place may join them; even tokens
 # that go to odd slots by one product, as gathering the few of them first takes longer.
-_LANES, _TILE, _SHORT = 256, 128, 256
+_LANES, _ROWS, _TILE, _SHORT = 256, 128, 128, 256
 
 
 def takes(values: Array, slots: int, in_order: bool) -> bool:
@@ -127,15 +127,20 @@ def _kernel(assign_ref, weight_ref, in_ref, out_ref, facts_ref, *, in_order):
         lanes = slice(start, min(start + _LANES, in_ref.shape[2]))
         words = pltpu.bitcast(in_ref[0, :, lanes], jnp.uint32)
         evens = pltpu.bitcast(words << 16, jnp.float32)[:even].astype(jnp.bfloat16)
-        total = odd_weight * pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)[:odd]
         for part in stay:
             moved = _dot(part.matrix, evens[part.tokens]) * part.repair
             out_ref[0, part.rows, lanes] = moved.astype(out_ref.dtype)
         if join is not None:
             choice, added = join
             joining = evens if choice is None else _dot(choice, evens).astype(jnp.bfloat16)
-            total += _dot(added.matrix, joining) * added.repair
-        out_ref[0, first:, lanes] = total.astype(out_ref.dtype)
+        # Sums of few rows stay in registers until they are written.
+        for top in range(0, odd, _ROWS):
+            piece = slice(top, min(top + _ROWS, odd))
+            own = pltpu.bitcast(in_ref[0, 2 * piece.start : 2 * piece.stop, lanes], jnp.uint32)
+            total = odd_weight[piece] * pltpu.bitcast(own & jnp.uint32(0xFFFF0000), jnp.float32)
+            if join is not None:
+                total += _dot(added.matrix[piece], joining) * added.repair[piece]
+            out_ref[0, first + piece.start : first + piece.stop, lanes] = total.astype(out_ref.dtype)
 
 
 def _split(assign_ref, weight_ref, facts_ref, first, even):

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import across, vmem
 
-# Columns of features, and odd rows of them, worked at a time; even tokens of a tile, or its slots where tokens of any place may join them; even tokens
-# that go to odd slots by one product, as gathering the few of them first takes longer.
+# Columns of features, and odd rows of them, worked at a time; even tokens of a tile, or its slots where tokens of any place may
+# join them; even tokens that go to odd slots by one product, as gathering the few of them first takes longer.
 _LANES, _ROWS, _TILE, _SHORT = 256, 128, 128, 256
 
 

@@ -233,15 +233,12 @@ class Reduction:
 
         With `stands_at_head` coordinates are those of the heads.
         """
-        features, origin = self.reduce(tokens.features), _follow(tokens.origin, self.assign)
+        features = self.reduce(tokens.features)
         if self.merges and not self.stands_at_head:
-            # One sum for both: each is a few numbers a token.
-            shares = tokens.coords.astype(jnp.float32) * self.weight[..., None]
-            numbers = jnp.concatenate([tokens.mass[..., None], shares], axis=-1)
-            sums = merging.merge(numbers, self.assign, jnp.ones_like(self.weight), self.num_slots)
-            return TokenSet(features, sums[..., 0], sums[..., 1:].astype(tokens.coords.dtype), origin)
+            known = tokens.mass, tokens.coords, tokens.origin
+            return TokenSet(features, *merging.merge_facts(*known, self.slots, self.assign, self.weight))
         coords = _gather(tokens.coords, self.slots) if self.stands_at_head else self.reduce(tokens.coords)
-        return TokenSet(features, self.reduce_mass(tokens.mass), coords, origin)
+        return TokenSet(features, self.reduce_mass(tokens.mass), coords, _follow(tokens.origin, self.assign))
 
     def restore(
         self, features: Float[Array, "B M D"], fill: Float[Array, "B N D"] | None = None

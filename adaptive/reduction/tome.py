@@ -38,17 +38,18 @@ def tome(tokens: TokenSet, signals: Signals, budget: budgets.Budget) -> Reductio
     Differs: asking for more merges than half of the tokens is an error here, and clamped there; no distillation token; the
     threshold form is ours.
     """
-    similarity, partner = match.best_partner(signals.keys, tokens.valid, cls_token=signals.cls_token)
+    similarity, partner = match.best_partner(signals.keys, tokens.kept_mass)
     even, odd = similarity.shape[1], tokens.features.shape[1] // 2
     threshold = budget.value if isinstance(budget, budgets.Threshold) else None
     pairs = pair_up(
         similarity,
         partner,
-        tokens.mass,
+        tokens.kept_mass,
         removed=even + odd - budgets.capacity(budget),
         threshold=threshold,
         # By index with a class token, so that it stays first.
         ordered=bool(signals.cls_token),
+        protected=bool(signals.cls_token),
     )
     # Under a threshold the number of unmerged even tokens is not known in advance.
     return Reduction(*pairs, merges=True, odd_last=threshold is None, in_order=bool(signals.cls_token))

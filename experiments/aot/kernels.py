@@ -106,11 +106,20 @@ def _merge(implementation: str) -> Iterator[Case]:
             if implementation == "tpu":
                 half = functools.partial(merge, odd_last=True)
                 yield Case(name, "merge, odd tokens last", half, (many, assign, weight), moved)
+                yield Case(name, "facts", *_facts(spec))
             few_numbers = _Array((spec.batch, spec.tokens, 3), jnp.float32)
             yield Case(name, "merge of three numbers", merge, (few_numbers, assign, weight))
         yield Case(
             name, "restore", functools.partial(merging.restore, implementation=implementation), (few, assign), moved
         )
+
+
+def _facts(spec: merge_specs.Spec) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function and its arguments: masses, two coordinates and pointers of merged tokens."""
+    mass, assign = (_Array((spec.batch, spec.tokens), dtype) for dtype in (jnp.float32, jnp.int32))
+    coords, heads = _Array((*mass.shape, 2), jnp.float32), _Array((spec.batch, spec.slots), jnp.int32)
+    function = functools.partial(merging.merge_facts, implementation="tpu")
+    return function, (mass, coords, assign, heads, assign, mass)
 
 
 def _ragged_prefix_mlp(implementation: str) -> Iterator[Case]:
@@ -339,6 +348,17 @@ def _row(case: Case, generation: str, dump: str) -> dict[str, Any]:
 def compiler_versions(*names: str) -> dict[str, str]:
     """Of what compiles."""
     return {name: version for name, version in versions().items() if name in names}
+
+
+def finished(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of estimates with short numbers, and what made it."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: short(one) for key, one in value.items()}
+        return round(value, 4 if abs(value) < 10 else 1) if isinstance(value, float) else value
+
+    return {**short(row), "kind": KIND, "versions": compiler_versions("jax", "jaxlib", "libtpu")}
 
 
 def _instructions(text: str) -> Iterator[tuple[str, str]]:

@@ -13,17 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from adaptive.tokens import TokenSet
-from experiments.aot import compiler, kernels, schedule
+from experiments.aot import attention_points, compiler, kernels, schedule
 from layers.hooks import Reduce
 from layers.vit import SHAPES, Block
+from pallas_kernels import across
 from pallas_kernels import ragged_prefix_mlp as prefix
 from pallas_kernels.biased_flash_attention import tpu as biased
-from pallas_kernels.block_sparse_attention import BlockIndex, block_sparse_attention, from_block_mask, tpu_plan
 from pallas_kernels.merge import tpu_pairs
 from pallas_kernels.ragged_prefix_mlp import specs as prefix_specs
 from pallas_kernels.ragged_prefix_mlp.reference import ACTIVATIONS
@@ -31,195 +28,8 @@ from pallas_kernels.sparse_decode_attention import specs as decode_specs
 from pallas_kernels.sparse_decode_attention import tpu as decode
 
 _Array = jax.ShapeDtypeStruct
-_HEADS = 8
 # Rows of a tile of the staircase in these shapes.
 _TILE = 512
-
-
-def attention_cycles(program: schedule.Program, index: BlockIndex, width: int, *, causal: bool) -> dict[str, float]:
-    """Cycles of a block-sparse kernel over the lists of `index`: of a step, of its parts, of all.
-
-    A step holds one loop over pairs of items, whose body has a form with a mask and one without where the kernel can tell.
-    """
-    plan = tpu_plan.make_plan(index, width)
-    counts = np.asarray(tpu_plan.tables(index, plan)[1])[:, :, :, 0]
-    pairs = counts[..., -1] // 2
-    step = program.step
-    (guard,) = [region for region in step.inside if any(inner.kind == "loop" for inner in region.inside)] or [step]
-    loop = next(region for region in guard.inside if region.kind == "loop")
-    forms = sorted(region.bundles for region in loop.inside)
-    pair = [loop.own + size for size in (forms or [0])]
-    masked = _masked_pairs(counts[..., : plan.rows], plan, causal) if len(forms) == 2 else np.zeros_like(pairs)
-    grid_steps = program.grid.trips - 2
-    repeats = grid_steps / pairs.size
-    walked = repeats * float(np.sum((pairs - masked) * pair[0] + masked * pair[-1]))
-    fixed = step.bundles - loop.bundles
-    total = program.grid.trips * program.grid.own + grid_steps * fixed + walked
-    return {
-        "total": total,
-        "steps": grid_steps,
-        "fixed_a_step": fixed + program.grid.own,
-        "bookkeeping_a_step": program.grid.own,
-        "bundles_a_pair": walked / (repeats * float(np.sum(pairs))),
-        "pairs_a_step": float(np.mean(pairs)),
-        "matmul_share": max(region.matmul_slots / region.bundles for region in (loop.inside or (loop,))) / 4,
-    }
-
-
-def _masked_pairs(counts: np.ndarray, plan: tpu_plan.Plan, causal: bool) -> np.ndarray:
-    """Pairs of items of each tile that hold an idle item or, when causal, the block on the diagonal, the last of its list."""
-    items = np.maximum(-(-counts // plan.width), 1)
-    ends = np.cumsum(items, axis=-1)
-    found = np.zeros(counts.shape[:-1], int)
-    for place in np.ndindex(*counts.shape[:-1]):
-        last = ends[place] - 1
-        closed = {int(item) // 2 for item, count in zip(last, counts[place], strict=True) if causal or count == 0}
-        found[place] = len(closed | ({int(last[-1]) // 2} if ends[place][-1] % 2 else set()))
-    return found
-
-
-def _lists(length: int, block: int, density: float, *, causal: bool) -> BlockIndex:
-    """The same number of blocks in every list, spread evenly; all up to the diagonal when causal."""
-    blocks = length // block
-    if causal:
-        mask = np.tri(blocks, dtype=bool)
-    else:
-        listed = round(blocks * density)
-        mask = np.zeros((blocks, blocks), bool)
-        for row in range(blocks):
-            mask[row, (row + np.arange(listed) * blocks // listed) % blocks] = True
-    return from_block_mask(mask[None, None], queries=length, keys=length, block_q=block, block_k=block)
-
-
-def _attention(length: int, width: int, index: BlockIndex, *, causal: bool, gradient: bool = False) -> tuple:
-    """A function and its arguments: attention over lists, or its gradients."""
-    array = _Array((1, length, _HEADS, width), jnp.bfloat16)
-    lists = jax.tree.map(lambda x: _Array(x.shape, x.dtype), index)
-
-    def forward(query: Any, key: Any, value: Any, lists: Any) -> Any:
-        return block_sparse_attention(query, key, value, lists, causal=causal, implementation="tpu")
-
-    return _with_gradient(forward, 4 * (array,) + (lists,)) if gradient else (forward, 3 * (array,) + (lists,))
-
-
-def _splash(length: int, width: int, block: int, *, gradient: bool = False) -> tuple:
-    """A function and its arguments: dense attention by JAX's own kernel, the peer."""
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    names += ("block_q_dq", "block_kv_dq")
-    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((length, length))] * _HEADS)
-    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
-    kernel = splash.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1, block_sizes=sizes)
-    array = _Array((_HEADS, length, width), jnp.bfloat16)
-    return _with_gradient(kernel, 4 * (array,)) if gradient else (kernel, 3 * (array,))
-
-
-def _with_gradient(function: Callable[..., Any], arguments: tuple) -> tuple:
-    """Gradients of three arrays; the cotangent comes first."""
-
-    def gradients(cotangent: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        return jax.vjp(lambda *arrays: function(*arrays, *rest), query, key, value)[1](cotangent)
-
-    return gradients, arguments
-
-
-def splash_cycles(program: schedule.Program, blocks_a_row: float) -> tuple[float, float]:
-    """Cycles of a step and of all, when each row of the grid has so many steps: its first and last one do more."""
-    step = program.step
-    (work, *ends) = sorted(step.inside, key=lambda region: -region.bundles)
-    one = program.grid.own + step.own + work.bundles + sum(region.bundles for region in ends) / blocks_a_row
-    return one, one * (program.grid.trips - 2)
-
-
-def _named(found: kernels.Scheduled, part: str) -> schedule.Program:
-    return next(program for program in found.kernels if part in program.name)
-
-
-def block_sparse_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
-    """Sparse cost S on v5e against the best dense time, backward passes against splash's, shares of peak on v6e."""
-    if "v5e" in chips:
-        chip = compiler.CHIPS["v5e"]
-        for length in (4096, 16384):
-            dense = kernels.compiled(*_splash(length, 128, 1024), "v5e", dump)
-            best = splash_cycles(dense.kernels[0], length / 1024)[1] / chip.clock
-            for block in (512, 128):
-                yield _forward_row(length, 128, block, 0.25, chip, dump, best=best)
-        yield from _backward_rows(chip, dump)
-    if "v6e" in chips:
-        for width in (128, 256):
-            yield _forward_row(16384, width, 512, 1.0, compiler.CHIPS["v6e"], dump, causal=True)
-
-
-def _forward_row(
-    length: int,
-    width: int,
-    block: int,
-    density: float,
-    chip: compiler.Chip,
-    dump: str,
-    *,
-    causal: bool = False,
-    best: float | None = None,
-) -> dict[str, Any]:
-    index = _lists(length, block, density, causal=causal)
-    found = kernels.compiled(*_attention(length, width, index, causal=causal), chip.name, dump)
-    cycles = attention_cycles(found.kernels[0], index, width, causal=causal)
-    seconds = cycles["total"] / chip.clock
-    pairs = _HEADS * (length * (length + 1) / 2 if causal else density * length**2)
-    step = cycles["total"] / cycles["steps"]
-    row = {
-        "part": "forward, estimated by regions",
-        "shape": f"1x{length}, {_HEADS} heads of {width}, blocks of {block}{', causal' if causal else ''}",
-        "chip": chip.name,
-        "density": density,
-        "estimated_us": 1e6 * seconds,
-        "hbm_us": 1e6 * 4 * length * _HEADS * width * 2 / chip.bandwidth,
-        "share_of_peak": 4 * width * pairs / seconds / chip.peak,
-        "matmul_slots_of_the_walk": cycles["matmul_share"] * 4 / _units(chip),
-        "bookkeeping_share": cycles["bookkeeping_a_step"] / step,
-        "fixed_share": cycles["fixed_a_step"] / step,
-        "bundles_a_pair": cycles["bundles_a_pair"],
-        "pairs_a_step": cycles["pairs_a_step"],
-        "spill_stores": found.kernels[0].spill_stores,
-    }
-    if best is not None:
-        row |= {
-            "peer": "splash attention, dense, blocks of 1024",
-            "peer_us": 1e6 * best,
-            "S": seconds / (density * best),
-        }
-    return _finished(row)
-
-
-def _units(chip: compiler.Chip) -> int:
-    """Matrix units of a core: four of 128, or two of 256."""
-    return 2 if chip.flops_per_cycle > 131_072 else 4
-
-
-def _backward_rows(chip: compiler.Chip, dump: str) -> Iterator[dict[str, Any]]:
-    """Cycles of a listed block, its share of a step's start and end included, at two blocks a list."""
-    length, block = 4096, 512
-    index = _lists(length, block, 0.25, causal=False)
-    ours = kernels.compiled(*_attention(length, 128, index, causal=False, gradient=True), chip.name, dump)
-    theirs = kernels.compiled(*_splash(length, 128, block, gradient=True), chip.name, dump)
-    for part, kernel, peer in (("queries", "query_gradient", "_dq"), ("keys and values", "key_gradients", "_dkv")):
-        # As many lists of keys hold a block of queries as the reverse, so the counts of both walks are the same.
-        cycles = attention_cycles(_named(ours, kernel), index, 128, causal=False)
-        own = cycles["total"] / (_HEADS * int(np.sum(index.counts)))
-        other = splash_cycles(_named(theirs, peer), 0.25 * length / block)[0]
-        yield _finished(
-            {
-                "part": f"gradients of {part}, cycles of a listed block",
-                "shape": f"1x{length}, {_HEADS} heads of 128, blocks of {block}",
-                "chip": chip.name,
-                "density": 0.25,
-                "cycles": own,
-                "peer": "splash attention, blocks of 512",
-                "peer_cycles": other,
-                "over_peer": own / other,
-                "matmul_slots_of_the_walk": cycles["matmul_share"],
-                "spill_stores": _named(ours, kernel).spill_stores,
-            }
-        )
 
 
 def staircase_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
@@ -242,9 +52,9 @@ def staircase_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]
         (program,) = found.kernels
         steps = program.grid.trips - 2
         # A tile's first and last step begin and end its sums.
-        own = splash_cycles(program, steps * _TILE / spec.rows)[1]
+        own = attention_points.splash_cycles(program, steps * _TILE / spec.rows)[1]
         other, best = (sum(cycles for cycles, _ in one.instructions) for one in (found, peer))
-        yield _finished(
+        yield kernels.finished(
             {
                 "part": "mlp, forward, all units live",
                 "shape": "vit_large",
@@ -276,15 +86,17 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
             times = {}
             for attention in ("xla", "tpu"):
                 found = kernels.compiled(*_vit_layer(tokens, batch, 0, attention), name, dump)
-                times[attention] = _layer_cycles(found, tokens, batch, "")
+                times[attention] = _layer_cycles(found, tokens, batch, 0, "")
             reduced = kernels.compiled(*_vit_layer(tokens, batch, removed, "xla"), name, dump)
-            own = _layer_cycles(reduced, tokens, batch, "Block._reduce")
+            own = _layer_cycles(reduced, tokens, batch, removed, "Block._reduce")
             fastest = min(times, key=times.get)
             clock = compiler.CHIPS[name].clock
             # One read and one write of the features, were they all that is moved, and not in on-chip memory.
             moved = batch * (2 * tokens - removed) * SHAPES["L"][0] * 2 / compiler.CHIPS[name].bandwidth * clock
-            merging = sum(_cycles(program, batch) for program in reduced.kernels if "merge_pairs" in program.name)
-            yield _finished(
+            merging = sum(
+                _cycles(program, batch, removed) for program in reduced.kernels if "merge_pairs" in program.name
+            )
+            yield kernels.finished(
                 {
                     "part": "matching and merging in a ViT-L layer",
                     "shape": f"{batch}x{tokens}, {removed} removed",
@@ -293,7 +105,7 @@ def merge_share_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, An
                     "layer_us": {attention: 1e6 * cycles / clock for attention, cycles in times.items()},
                     "share_of_layer": own / times[fastest],
                     "kernels_us": {
-                        program.name: round(1e6 * _cycles(program, batch) / clock, 2)
+                        program.name: round(1e6 * _cycles(program, batch, removed) / clock, 2)
                         for program, place in zip(reduced.kernels, reduced.places, strict=True)
                         if "Block._reduce" in place
                     },
@@ -312,7 +124,7 @@ def decode_rows(chips: tuple[str, ...], dump: str) -> Iterator[dict[str, Any]]:
             chip = compiler.CHIPS[name]
             (program,) = kernels.compiled(case.function, case.arguments, name, dump).kernels
             seconds = _decode_cycles(program, spec) / chip.clock
-            yield _finished(
+            yield kernels.finished(
                 {
                     "part": "one query row, every list full",
                     "shape": case.shape,
@@ -332,11 +144,22 @@ def _decode_cycles(program: schedule.Program, spec: decode_specs.Spec) -> float:
     """
     heads = next(region for region in program.step.inside if region.kind == "loop")
     block = next(region for region in heads.inside if region.kind == "loop")
-    starts = max((region for region in block.inside if region.inside), key=lambda region: region.bundles)
-    runs = sum(region.bundles for region in starts.inside if not region.inside)
+    # One form for each buffer: in it starts and work are one region when the block to come is whole, and two otherwise.
+    forms = [(form.own, work.bundles) for form, work in _whole_blocks(block)]
+    worked = sum(own + work for own, work in forms) / len(forms)
     blocks = -(-spec.listed // decode.block_pages(spec.slots, spec.width, spec.dtype, spec.listed))
-    one = heads.own + blocks * (block.own + starts.own + runs)
+    one = heads.own + blocks * (block.own + worked)
     return program.grid.trips * program.grid.own + spec.batch * (program.step.own + spec.groups * one)
+
+
+def _whole_blocks(region: schedule.Region) -> Iterator[tuple[schedule.Region, schedule.Region]]:
+    """Regions that hold two forms of a product, each with that form which has no branch."""
+    works = [one for one in region.inside if one.matmul_slots and not any(inner.matmul_slots for inner in one.inside)]
+    if len(works) == 2:
+        yield region, min(works, key=lambda work: len(work.inside))
+        return
+    for inner in region.inside:
+        yield from _whole_blocks(inner)
 
 
 def _vit_layer(tokens: int, batch: int, removed: int, attention: str) -> tuple:
@@ -366,7 +189,16 @@ def _vit_layer(tokens: int, batch: int, removed: int, attention: str) -> tuple:
     return layer, (params, features, mass)
 
 
-def _cycles(program: schedule.Program, batch: int) -> float:
+def _facts_cycles(program: schedule.Program, removed: int) -> float:
+    """All sequences are one step; a register of tokens that do not head a slot has a loop of its own, for those there are."""
+    work = program.regions[0]
+    (guard,) = work.inside
+    turns = -(-removed // across.UNROLL)
+    own = program.bundles - sum(region.bundles for region in program.regions)
+    return own + work.own + guard.own + turns * guard.inside[0].bundles
+
+
+def _cycles(program: schedule.Program, batch: int, removed: int) -> float:
     """Of a kernel in a layer, its step once for each step of the grid and not on the pipeline's two other passes.
 
     Merging of pairs splits the tables of several sequences in the first one's step.
@@ -374,6 +206,8 @@ def _cycles(program: schedule.Program, batch: int) -> float:
     if program.name.startswith("pair_up"):
         # Its loops are over tokens: all sequences are one step.
         return program.cycles()
+    if program.name.startswith("merge_facts"):
+        return _facts_cycles(program, removed)
     step, steps = program.step, program.grid.trips - 2
     total = program.cycles() - 2 * step.bundles
     if program.name.startswith("merge_pairs"):
@@ -381,30 +215,22 @@ def _cycles(program: schedule.Program, batch: int) -> float:
     return total
 
 
-def _layer_cycles(found: kernels.Scheduled, tokens: int, batch: int, scope: str) -> float:
+def _layer_cycles(found: kernels.Scheduled, tokens: int, batch: int, removed: int, scope: str) -> float:
     total = sum(cycles for cycles, place in found.instructions if place and scope in place)
     for program, place in zip(found.kernels, found.places, strict=True):
         if scope not in place:
             continue
         if "block_sparse" in program.name:
             blocks = biased.KERNELS.all_blocks(tokens, tokens, False)
-            total += attention_cycles(program, blocks, 64, causal=False)["total"]
+            total += attention_points.attention_cycles(program, blocks, 64, causal=False)["total"]
         else:
-            total += _cycles(program, batch)
+            total += _cycles(program, batch, removed)
     return total
 
 
-def _finished(row: dict[str, Any]) -> dict[str, Any]:
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: short(one) for key, one in value.items()}
-        return round(value, 4 if abs(value) < 10 else 1) if isinstance(value, float) else value
-
-    return {**short(row), "kind": kernels.KIND, "versions": kernels.compiler_versions("jax", "jaxlib", "libtpu")}
-
-
 POINTS: dict[str, Callable[[tuple[str, ...], str], Iterator[dict[str, Any]]]] = {
-    "block_sparse_attention": block_sparse_rows,
+    "biased_flash_attention": attention_points.position_rows,
+    "block_sparse_attention": attention_points.block_sparse_rows,
     "merge": merge_share_rows,
     "ragged_prefix_mlp": staircase_rows,
     "sparse_decode_attention": decode_rows,

@@ -40,6 +40,7 @@ def pair_up(
     removed: int,
     threshold: float | Float[Array, ""] | None = None,
     ordered: bool,
+    protected: bool = False,
     implementation: str | None = None,
 ) -> Pairs:
     """The `removed` most similar even tokens join their odd partners; slots are the other even tokens, then all odd ones.
@@ -48,9 +49,11 @@ def pair_up(
 
     Args:
       similarity, partner: `[B, A]` of each even token, and the number of its odd partner; ties go to the lower index.
-      mass: `[B, N]`, not negative; a slot without any mass has weights 0.
+      mass: `[B, N]`, not negative; an even token without any is padding and joins before all others, a slot without any has
+        weights 0.
       removed: r in 0..A; M = N - r.
       threshold: even tokens above this similarity join too; slots left over then have no head.
+      protected: the first token joins nothing unless all do.
       ordered: unmerged even tokens stay in their order; by falling similarity otherwise.
       implementation: "tpu", "xla", "interpret", or None for the best available.
 
@@ -68,14 +71,14 @@ def pair_up(
             f"removed must lie in 0..{even}, with at least one odd token of {mass.shape[1]}; got {removed}"
         )
     above = None if threshold is None else similarity > threshold
-    return _pair_up((removed, ordered, implementation), similarity, partner, above, mass.astype(jnp.float32))
+    return _pair_up((removed, ordered, protected, implementation), similarity, partner, above, mass.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _pair_up(options, similarity, partner, above, mass):
-    removed, ordered, implementation = options
+    removed, ordered, protected, implementation = options
     implementations = {"tpu": _TPU, "xla": pairs_xla.pair_up, "interpret": functools.partial(_TPU, interpret=True)}
-    static = {"removed": removed, "ordered": ordered}
+    static = {"removed": removed, "ordered": ordered, "protected": protected}
     arrays = (similarity, partner, mass) if above is None else (similarity, partner, mass, above)
     return Pairs(*dispatch.call("pair_up", implementations, implementation, *arrays, **static))
 

@@ -1,95 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs on the TPU: ranks by comparing every even token with every other, in one kernel without a sort or a gather.
+"""Pairs on the TPU, in one kernel: sequences down, tokens across the lanes as they come in and go out.
 
-Tokens lie down and sequences across the lanes, so that a token of each sequence meets another one of its own in one comparison
-of a register. Where there are fewer sequences than lanes, these are repeated, and each copy meets another part of the other
-tokens: what the copies count is added up by rotations. Rows come in and go out as they are, tokens across, and are turned here.
+Where unmerged tokens stay in their order no sort is needed: the similarity that the last of those that join has is found digit
+by digit, and the others close ranks. By falling similarity every token is compared with every other. What those that join bring
+is added one of them at a time, to all odd tokens of all sequences at once.
 
-Shapes: B batch, N tokens, A even tokens, K odd ones, M slots, P parts of the even tokens, each of C.
+Shapes: B batch, N tokens, A even tokens, K odd ones, M slots, S sequences of a step, L lanes for the even tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import across
+
 # Even tokens above which comparisons of all with all cost more than a sort.
 _LONGEST = 640
-# Lanes; tokens whose sums stay in registers while all others pass by; passes in a row.
-_LANES, _DOWN, _UNROLL = 128, 64, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lanes:
-    """How lanes are used: lane `part * group + sequence` holds a sequence's copy that meets the tokens of a part.
-
-    Attributes:
-      even: tokens. group: sequences. parts: copies of each. chunk: tokens of a part, the last ones past the end.
-    """
-
-    even: int
-    group: int
-    parts: int
-    chunk: int
-
-    @classmethod
-    def plan(cls, batch: int, even: int) -> _Lanes:
-        """As many copies as the lanes hold of at least eight sequences, and no copy without a register of tokens."""
-        group = min(max(pl.next_power_of_2(batch), 8), _LANES)
-        parts = min(_LANES // group, pl.next_power_of_2(pl.cdiv(even, 8)))
-        return cls(even, _LANES // parts, parts, 8 * pl.cdiv(even, 8 * parts))
-
-    @property
-    def rows(self) -> int:
-        """Tokens of all parts, padding included."""
-        return self.parts * self.chunk
-
-    @property
-    def part(self) -> Int[Array, "1 lanes"]:
-        return jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1) // self.group
-
-    def blocks(self) -> list[slice]:
-        return [slice(start, min(start + _DOWN, self.even)) for start in range(0, self.even, _DOWN)]
-
-    def down(self, rows: Float[Array, "group N"]) -> Float[Array, "N lanes"]:
-        """Tokens down, every sequence once for each part."""
-        return jnp.concatenate([rows.astype(jnp.float32)] * self.parts, axis=0).T
-
-    def others(self, ref: jax.Ref) -> Float[Array, "C lanes"]:
-        """For each copy its own part of the tokens."""
-        found = ref[: self.chunk]
-        for part in range(1, self.parts):
-            found = jnp.where(self.part == part, ref[part * self.chunk : (part + 1) * self.chunk], found)
-        return found
-
-    def everyone(self, values: Float[Array, "n lanes"]) -> Float[Array, "n lanes"]:
-        """The sum over all copies, in each of them."""
-        shift = self.group
-        while shift < _LANES:
-            values, shift = values + pltpu.roll(values, shift, 1), 2 * shift
-        return values
-
-    def before(self, values: Float[Array, "1 lanes"]) -> Float[Array, "1 lanes"]:
-        """The sum over the copies that come before."""
-        total, shift = values, 1
-        while shift < self.parts:
-            total += jnp.where(self.part >= shift, pltpu.roll(total, shift * self.group, 1), 0.0)
-            shift *= 2
-        return total - values
-
-    def passing(self, body: Callable[..., Array], start: Array) -> Array:
-        """`body(row, number, state)` for every other token, as a row and by its number in each copy."""
-        offset = (self.part * self.chunk).astype(jnp.float32)
-        return jax.lax.fori_loop(
-            0, self.chunk, lambda i, state: body(pl.ds(i, 1), i + offset, state), start, unroll=_UNROLL
-        )
+# Numbers of a step: chains of dependent work are long, and several sequences hide them.
+_STEP = 16384
 
 
 def pair_up(
@@ -100,6 +35,7 @@ def pair_up(
     *,
     removed: int,
     ordered: bool,
+    protected: bool,
     interpret: bool = False,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B N"], Float[Array, "B N"]]:
     """Heads, slots of tokens, and their weights; what is `above` a threshold merges in any case.
@@ -110,133 +46,123 @@ def pair_up(
     (batch, even), length = similarity.shape, mass.shape[1]
     if even > _LONGEST:
         raise NotImplementedError(f"pair_up takes at most {2 * _LONGEST} tokens; got {length}")
-    lanes = _Lanes.plan(batch, even)
     arrays = [similarity, partner, mass, *(() if above is None else (above.astype(jnp.float32),))]
-    arrays = [jnp.pad(x, ((0, -batch % lanes.group), (0, 0))) for x in arrays]
+    # Rows past the end of the batch may be anything and are never written.
+    group = min(batch, max(_STEP // across.whole(even) // 8 * 8, 8))
 
-    def row(size: int) -> pl.BlockSpec:
-        return pl.BlockSpec((lanes.group, size), lambda b: (b, 0))
+    def block(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((group, size), lambda b: (b, 0))
 
     sizes, kinds = (length - removed, length, length), (jnp.int32, jnp.int32, jnp.float32)
-    tall = max(lanes.rows, -(-(length - removed) // 8) * 8)
-    outputs = pl.pallas_call(
-        functools.partial(_kernel, lanes=lanes, removed=removed, ordered=ordered, limited=above is not None),
-        out_shape=[jax.ShapeDtypeStruct((arrays[0].shape[0], n), kind) for n, kind in zip(sizes, kinds, strict=True)],
-        grid=(arrays[0].shape[0] // lanes.group,),
-        in_specs=[row(x.shape[1]) for x in arrays],
-        out_specs=[row(size) for size in sizes],
-        scratch_shapes=[
-            *[pltpu.VMEM((lanes.rows, _LANES), jnp.float32)] * 4,
-            *[pltpu.VMEM((lanes.chunk, _LANES), jnp.float32)] * 3,
-            pltpu.VMEM((tall, _LANES), jnp.float32),
-            *[pltpu.VMEM((2 * lanes.rows, _LANES), jnp.float32)] * 2,
-        ],
+    return pl.pallas_call(
+        functools.partial(_kernel, removed=removed, ordered=ordered, protected=protected, limited=above is not None),
+        out_shape=[jax.ShapeDtypeStruct((batch, size), kind) for size, kind in zip(sizes, kinds, strict=True)],
+        grid=(pl.cdiv(batch, group),),
+        in_specs=[block(array.shape[1]) for array in arrays],
+        out_specs=[block(size) for size in sizes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="pair_up",
     )(*arrays)
-    return tuple(x[:batch] for x in outputs)
 
 
-def _kernel(similarity_ref, partner_ref, mass_ref, *refs, lanes, removed, ordered, limited):
-    above_ref, refs = (refs[0], refs[1:]) if limited else (None, refs)
-    heads_ref, assign_ref, weight_ref, own, join, mass, total, other, place, value, order, *pairs = refs
-    length, even, odd = mass_ref.shape[1], lanes.even, mass_ref.shape[1] // 2
-    # Both halves of the tokens, by rows that are two apart.
-    evens, odds = pl.ds(0, even, stride=2), pl.ds(1, odd, stride=2)
-    pairs[0][:length] = lanes.down(mass_ref[...])
-    mass[...], total[...] = jnp.zeros_like(mass), jnp.zeros_like(total)
-    mass[:even], total[:odd] = pairs[0][evens], pairs[0][odds]
-    own[...] = jnp.full_like(own, -jnp.inf)
-    own[:even] = lanes.down(similarity_ref[...])
-    join[...] = jnp.full_like(join, -1.0)
-    join[:even] = lanes.down(partner_ref[...])
-    above = lanes.down(above_ref[...]) > 0 if limited else None
-    unmerged = even - _choose(own, join, other, above, lanes, removed)
-    other[...], place[...] = lanes.others(join), lanes.others(own)
-    _settle(other, place, unmerged, lanes, ordered)
-    value[...] = lanes.others(mass)
-    _sum(total, order, other, place, value, lanes)
-    for part in range(lanes.parts):
-        # Similarities are used up: their room takes slots.
-        rows = slice(part * lanes.chunk, (part + 1) * lanes.chunk)
-        own[rows] = lanes.everyone(jnp.where(lanes.part == part, place[...], 0.0))
-    value[...] = lanes.others(total)
-    _share(mass, join, value, lanes)
-    whole = total[:odd]
-    pairs[1][evens], pairs[1][odds] = mass[:even], pairs[0][odds] / jnp.where(whole > 0, whole, 1.0)
-    pairs[0][evens], pairs[0][odds] = own[:even], unmerged + _count(odd)
-    slot = _count(heads_ref.shape[1])
-    behind = slot - unmerged
-    last = jnp.where(behind < odd, 2 * behind + 1, -1.0)
-    heads = jnp.where(behind < 0, 2 * order[: heads_ref.shape[1]], last)
-    for ref, rows in ((heads_ref, heads), (assign_ref, pairs[0][:length]), (weight_ref, pairs[1][:length])):
-        ref[...] = rows.T[: lanes.group].astype(ref.dtype)
+def _kernel(similarity_ref, partner_ref, mass_ref, *refs, removed, ordered, protected, limited):
+    above_ref, (heads_ref, assign_ref, weight_ref) = (refs[0], refs[1:]) if limited else (None, refs)
+    even, length = similarity_ref.shape[1], mass_ref.shape[1]
+    lanes, slots = across.whole(even), heads_ref.shape[1]
+    partner = across.padded(partner_ref[...], lanes)
+    masses = across.halves(across.padded(mass_ref[...], 2 * lanes))
+    token = across.number(partner.shape)
+    least = token >= even
+    least = least | (token == 0) if protected else least
+    padding = (masses[0] == 0) & ~least
+    similarity = jnp.where(padding, jnp.inf, across.padded(similarity_ref[...], lanes))
+    similarity = jnp.where(least, -jnp.inf, similarity)
+    rank = None if ordered else _ranks(similarity, even)
+    joins = _most_similar(similarity, removed) if ordered else rank < removed
+    if limited:
+        joins |= ((across.padded(above_ref[...], lanes) > 0) & ~least) | padding
+    before = across.count_before(jnp.where(joins, 1.0, 0.0)).astype(jnp.int32)
+    joined = jnp.sum(jnp.where(joins, 1.0, 0.0), axis=1, keepdims=True).astype(jnp.int32) if limited else removed
+    unmerged, most = even - joined, even if limited else removed
+    # All that join are more similar than those that stay.
+    place = token - before if ordered else rank - joined
+    order = across.packed(token, jnp.where(joins, 0, before), most) if ordered else _inverse(place, even)
+    totals = _totals(joins, token - before, partner, masses, joined)
+    wholes = jnp.where(joins, across.take(totals, partner), masses[0]), totals
+    weights = [mass / jnp.where(total > 0, total, 1.0) for mass, total in zip(masses, wholes, strict=True)]
+    weight_ref[...] = across.interleaved(*weights)[:, :length]
+    assign = across.interleaved(jnp.where(joins, unmerged + partner, place), unmerged + token)
+    assign_ref[...] = assign[:, :length]
+    room = max(across.whole(slots), lanes)
+    behind = across.number((token.shape[0], room)) - unmerged
+    last = jnp.where(behind < length // 2, 2 * behind + 1, -1)
+    heads_ref[...] = jnp.where(behind < 0, 2 * across.padded(order, room), last)[:, :slots]
 
 
-def _count(rows: int, start: int = 0) -> Float[Array, "rows lanes"]:
-    return start + jax.lax.broadcasted_iota(jnp.int32, (rows, _LANES), 0).astype(jnp.float32)
+def _most_similar(similarity: Float[Array, "S L"], removed: int) -> Bool[Array, "S L"]:
+    """True for the `removed` largest, of equals those that come first."""
+    if removed == 0:
+        return jnp.zeros(similarity.shape, jnp.bool_)
+    # Whole numbers in the order of the floating-point ones; both zeros are equal.
+    bits = jax.lax.bitcast_convert_type(jnp.where(similarity == 0, 0.0, similarity), jnp.int32)
+    key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    # The largest number that enough keys reach, two bits at a time.
+    least = jnp.full((key.shape[0], 1), np.iinfo(np.int32).min, jnp.int32)
+    for shift in range(30, -1, -2):
+        steps = [np.uint32(digit << shift).astype(np.int32) for digit in (1, 2, 3)]
+        reached = (_count(key >= least + step) >= removed for step in steps)
+        least += sum(jnp.where(enough, np.int32(1 << shift), 0) for enough in reached)
+    equal = key == least
+    free = removed - _count(key > least)
+    return (key > least) | (equal & (across.count_before(jnp.where(equal, 1.0, 0.0)) < free))
 
 
-def _choose(own, join, other, above, lanes, removed):
-    """Puts ranks in the place of similarities, and -1 in `join` for tokens that stay; how many do not."""
-    other[...] = lanes.others(own)
-    joined = jnp.zeros((1, _LANES), jnp.float32)
-    for block in lanes.blocks():
-        mine, index = own[block], _count(block.stop - block.start, block.start)
-
-        def count(row, number, total, mine=mine, index=index):
-            passing = other[row]
-            return total + jnp.where((passing > mine) | ((passing == mine) & (number < index)), 1.0, 0.0)
-
-        rank = lanes.everyone(lanes.passing(count, jnp.zeros_like(mine)))
-        merged = rank < removed
-        if above is not None:
-            merged |= above[block]
-        join[block] = jnp.where(merged, join[block], -1.0)
-        own[block] = rank
-        joined += jnp.sum(jnp.where(merged, 1.0, 0.0), axis=0, keepdims=True)
-    return joined
+def _count(where: Bool[Array, "S L"]) -> Float[Array, "S 1"]:
+    return jnp.sum(jnp.where(where, 1.0, 0.0), axis=1, keepdims=True)
 
 
-def _settle(join, place, unmerged, lanes, ordered):
-    """Slots in the place of ranks: among those that stay by index, or by similarity, where all that merge come first."""
-    if not ordered:
-        joined = lanes.even - unmerged
-        place[...] = jnp.where(join[...] < 0, place[...] - joined, unmerged + join[...])
-        return
+def _ranks(similarity: Float[Array, "S L"], even: int) -> Int[Array, "S L"]:
+    """How many even tokens are more similar than each, or as similar and before it."""
+    token = across.number(similarity.shape)
 
-    def settle(row, _, before):
-        stays = join[row] < 0
-        place[row] = jnp.where(stays, before, unmerged + join[row])
-        return before + jnp.where(stays, 1.0, 0.0)
+    def count(place, columns, rank):
+        passing = across.spread(columns[0], similarity.shape[1])
+        ahead = (passing > similarity) | ((passing == similarity) & (place < token))
+        return rank + jnp.where(ahead, 1, 0)
 
-    stay = jnp.sum(jnp.where(join[...] < 0, 1.0, 0.0), axis=0, keepdims=True)
-    lanes.passing(settle, lanes.before(stay))
+    return across.fold((similarity,), even, count, jnp.zeros(token.shape, jnp.int32))
 
 
-def _sum(total, order, join, place, mass, lanes):
-    """Adds the masses of those that join an odd token to its own; which even token stands in each slot."""
-    for block in lanes.blocks():
-        index = _count(block.stop - block.start, block.start)
+def _inverse(place: Int[Array, "S L"], even: int) -> Int[Array, "S L"]:
+    """Which token stands at each place; 0 where none does."""
+    slot = across.number(place.shape)
 
-        def gather(row, number, state, index=index):
-            found, standing = state
-            found += jnp.where(index == join[row], mass[row], 0.0)
-            return found, standing + jnp.where(index == place[row], number, 0.0)
+    def stand(token, columns, order):
+        return order + jnp.where(across.spread(columns[0], slot.shape[1]) == slot, token, 0)
 
-        found, standing = lanes.passing(gather, (jnp.zeros_like(index), jnp.zeros_like(index)))
-        total[block] += lanes.everyone(found)
-        order[block] = lanes.everyone(standing)
+    return across.fold((place,), even, stand, jnp.zeros_like(place))
 
 
-def _share(mass, join, totals, lanes):
-    """Shares of even tokens in their slots in the place of their masses."""
-    for block in lanes.blocks():
-        joins = join[block]
+def _totals(
+    joins: Bool[Array, "S L"],
+    stay: Int[Array, "S L"],
+    partner: Int[Array, "S L"],
+    masses: tuple[Float[Array, "S L"], Float[Array, "S L"]],
+    joined: Int[Array, "S 1"] | int,
+) -> Float[Array, "S L"]:
+    """Masses of odd tokens with those of the even ones that join them; `stay` of these stand before each."""
+    odd, known = across.number(joins.shape), isinstance(joined, int)
+    if known and joined == 0:
+        return masses[1]
+    # Those that join stand close, so that there is a pass for each of them only.
+    joining = across.packed(odd, jnp.where(joins, stay, 0), joins.shape[1] - 1)
+    joining = joining[:, : across.whole(joined)] if known else joining
+    to, mass = across.take(partner, joining), across.take(masses[0], joining)
+    to = jnp.where(across.number(to.shape) < joined, to, -1)
 
-        def take(row, number, found, joins=joins):
-            return found + jnp.where(joins == number, totals[row], 0.0)
+    def add(_, columns, total):
+        own, more = (across.spread(column, total.shape[1]) for column in columns)
+        return total + jnp.where(own == odd, more, 0.0)
 
-        whole = jnp.where(joins < 0, mass[block], lanes.everyone(lanes.passing(take, jnp.zeros_like(joins))))
-        mass[block] = mass[block] / jnp.where(whole > 0, whole, 1.0)
+    return across.fold((to, mass), joined if known else jnp.max(joined), add, masses[1])

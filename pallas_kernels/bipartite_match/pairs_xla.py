@@ -26,14 +26,18 @@ def pair_up(
     *,
     removed: int,
     ordered: bool,
+    protected: bool,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B N"], Float[Array, "B N"]]:
     """Heads, slots of tokens, and their weights; what is `above` a threshold merges in any case."""
     even, length = similarity.shape[1], mass.shape[1]
+    first = protected & (jnp.arange(even) == 0)
+    padding = (mass[:, ::2] == 0) & ~first
+    similarity = jnp.where(first, -jnp.inf, jnp.where(padding, jnp.inf, similarity))
     order = jnp.argsort(-similarity, axis=-1, stable=True)
     place = jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
     merged = place < removed
     if above is not None:
-        merged |= above
+        merged |= (above & ~first) | padding
     joined = jnp.sum(merged, axis=-1, keepdims=True, dtype=jnp.int32)
     position = jnp.cumsum(~merged, axis=-1, dtype=jnp.int32) - 1 if ordered else place - joined
     assign = jnp.where(merged, even - joined + partner, position)

@@ -47,24 +47,26 @@ def bipartite_match(
     left_block = rows if rows <= block + block // 4 else block
     right_block = min(block, -(-columns // 8) * 8)
     group = _group(batch, max(left_block, right_block), block)
+    shared = _shared(batch // group)
+    together = group * shared
     kept = 2 if statistic == "best_two" else 1
     # Rows beyond the array are similar to nothing.
     bias = jnp.pad(bias, ((0, 0), (0, -columns % right_block)), constant_values=-jnp.inf)
-    grid = (batch // group, pl.cdiv(rows, left_block), pl.cdiv(columns, right_block))
-    shape = (batch, kept, rows)
+    grid = (batch // together, pl.cdiv(rows, left_block), shared, pl.cdiv(columns, right_block))
+    shape = (kept, batch // together, together, rows)
     kernel = functools.partial(_kernel, columns=columns, metric=metric, statistic=statistic)
-    out = pl.BlockSpec((group, kept, left_block), lambda b, i, j: (b, 0, i))
+    out = pl.BlockSpec((kept, 1, together, left_block), lambda b, i, s, j: (0, b, 0, i))
     value, index = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
         grid=grid,
         in_specs=[
-            pl.BlockSpec((group, left_block, channels), lambda b, i, j: (b, i, 0)),
-            pl.BlockSpec((group, right_block, channels), lambda b, i, j: (b, j, 0)),
-            pl.BlockSpec((group, 1, right_block), lambda b, i, j: (b, 0, j)),
+            pl.BlockSpec((group, left_block, channels), lambda b, i, s, j: (b * shared + s, i, 0)),
+            pl.BlockSpec((group, right_block, channels), lambda b, i, s, j: (b * shared + s, j, 0)),
+            pl.BlockSpec((1, together, right_block), lambda b, i, s, j: (b, 0, j)),
         ],
         out_specs=[out, out],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * rows * columns * channels,
             bytes_accessed=left.size * left.dtype.itemsize
@@ -74,14 +76,20 @@ def bipartite_match(
         ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="bipartite_match",
-    )(left, right, bias[:, None])
-    value, index = jnp.swapaxes(value, 1, 2), jnp.swapaxes(index, 1, 2)
-    return value, jnp.zeros_like(index) if statistic == "sum" else jnp.where(jnp.isneginf(value), 0, index)
+    )(left, right, bias.reshape(-1, together, bias.shape[1]))
+    value, index = (jnp.moveaxis(x.reshape(kept, batch, rows), 0, 2) for x in (value, index))
+    # One place never gets an index where no similarity is above -inf.
+    return value, index if kept == 1 else jnp.where(jnp.isneginf(value), 0, index)
 
 
 def _group(batch: int, rows: int, block: int) -> int:
     """Sequences a step: short ones together fill a block, as a step of its own for each costs more than its work."""
     return max(count for count in range(1, max(block // rows, 1) + 1) if batch % count == 0)
+
+
+def _shared(steps: int) -> int:
+    """Steps whose facts are rows of one block, a register of them where two cores have a block each."""
+    return max(count for count in range(1, 9) if steps % count == 0 and (steps < 2 or count < steps))
 
 
 def _similarities(
@@ -117,41 +125,52 @@ def _check(left: Array, right: Array, block: int) -> None:
 
 
 def _kernel(left_ref, right_ref, bias_ref, value_ref, index_ref, *, columns, metric, statistic):
-    start = pl.program_id(2) * right_ref.shape[1]
+    step, part = pl.program_id(2), pl.program_id(3)
+    start = part * right_ref.shape[1]
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when((step == 0) & (part == 0))
     def _():
         value_ref[...] = jnp.full(value_ref.shape, 0.0 if statistic == "sum" else -jnp.inf, jnp.float32)
         index_ref[...] = jnp.zeros(index_ref.shape, jnp.int32)
 
     for one in range(left_ref.shape[0]):
-        similarities = _similarities(left_ref[one], right_ref[one], bias_ref[one], metric)
+        row = pl.ds(step * left_ref.shape[0] + one, 1)
+        similarities = _similarities(left_ref[one], right_ref[one], bias_ref[0, row], metric)
         if statistic == "best":
             value, index = _running_best(similarities, right_ref.shape[1], left_ref.shape[1])
             # Strictly better, so that the lower index wins ties.
-            better = value > value_ref[one]
-            index_ref[one] = jnp.where(better, start + index, index_ref[one])
-            value_ref[one] = jnp.where(better, value, value_ref[one])
+            better = value > value_ref[0, 0, row]
+            index_ref[0, 0, row] = jnp.where(better, start + index, index_ref[0, 0, row])
+            value_ref[0, 0, row] = jnp.where(better, value, value_ref[0, 0, row])
             continue
         scores = similarities(slice(None))
         place = start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         scores = jnp.where(place < columns, scores, -jnp.inf)
         if statistic == "sum":
             finite = jnp.where(scores == -jnp.inf, 0.0, scores)
-            value_ref[one] += jnp.sum(finite, axis=0, keepdims=True)
+            value_ref[0, 0, row] += jnp.sum(finite, axis=0, keepdims=True)
             continue
         value, index = _best(scores, place)
-        old_value, old_index = value_ref[one], index_ref[one]
         second, second_index = _best(jnp.where(place == index, -jnp.inf, scores), place)
-        better = value > old_value[:1]
+        found = _best_two(
+            [(value_ref[kept, 0, row], index_ref[kept, 0, row]) for kept in range(2)],
+            [(value, index), (second, second_index)],
+        )
+        for kept, (value, index) in enumerate(found):
+            value_ref[kept, 0, row], index_ref[kept, 0, row] = value, index
+
+
+def _best_two(old: list[tuple[Array, Array]], new: list[tuple[Array, Array]]) -> list[tuple[Array, Array]]:
+    """The first two of both, value and index; the older ones have lower indices."""
+    better = new[0][0] > old[0][0]
+    first, rival, mate = (
+        tuple(jnp.where(better, one, other) for one, other in zip(*pair, strict=True))
         # The loser of the first places stands against the second of the winner's side.
-        rival = jnp.where(better, old_value[:1], value), jnp.where(better, old_index[:1], index)
-        mate = jnp.where(better, second, old_value[1:]), jnp.where(better, second_index, old_index[1:])
-        first = jnp.where(better, value, old_value[:1]), jnp.where(better, index, old_index[:1])
-        # Of equals the older has the lower index: the rival where the new value is first, else the mate.
-        mated = (mate[0] > rival[0]) | ((mate[0] == rival[0]) & ~better)
-        value_ref[one] = jnp.concatenate([first[0], jnp.where(mated, mate[0], rival[0])], axis=0)
-        index_ref[one] = jnp.concatenate([first[1], jnp.where(mated, mate[1], rival[1])], axis=0)
+        for pair in ((new[0], old[0]), (old[0], new[0]), (new[1], old[1]))
+    )
+    # Of equals the older has the lower index: the rival where the new value is first, else the mate.
+    mated = (mate[0] > rival[0]) | ((mate[0] == rival[0]) & ~better)
+    return [first, tuple(jnp.where(mated, one, other) for one, other in zip(mate, rival, strict=True))]
 
 
 def _running_best(similarities: Callable[[slice], Array], rows: int, lanes: int) -> tuple[Array, Array]:

@@ -20,11 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import vmem
+from pallas_kernels import across, vmem
 
-# Columns of features worked at a time; slots of a tile; even tokens that go to odd slots by one product, as gathering the few
-# of them first takes longer.
-_LANES, _TILE, _SHORT = 256, 128, 256
+# Columns of features, and odd rows of them, worked at a time; even tokens of a tile, or its slots where tokens of any place may
+# join them; even tokens that go to odd slots by one product, as gathering the few of them first takes longer.
+_LANES, _ROWS, _TILE, _SHORT = 256, 128, 128, 256
 
 
 def takes(values: Array, slots: int, in_order: bool) -> bool:
@@ -57,7 +57,7 @@ def _needed(length: int, slots: int, columns: int, in_order: bool) -> int:
         (odd, even if even <= _SHORT else joining), jnp.float32
     )
     blocks = 2 * (vmem.size((length + 16, columns), jnp.bfloat16) + vmem.size((slots, columns), jnp.bfloat16))
-    blocks += vmem.size((2 * _whole(even), 8), jnp.float32) + 8 * vmem.size((8, length), jnp.float32)
+    blocks += 8 * vmem.size((8, length), jnp.float32)
     return blocks + 2 * tables + 4 * vmem.size((even, min(columns, _LANES)), jnp.float32)
 
 
@@ -73,8 +73,8 @@ def merge(
     """Weighted sums of the rows that join each slot, a sequence and a block of columns a step."""
     (batch, length, width), even = values.shape, -(-values.shape[1] // 2)
     columns = _columns(values.shape, slots, in_order)
-    # Whole words and whole registers: rows past the end are never used.
-    rows = -(-length // 16) * 16
+    # Whole words and whole registers: what lies past the end is never used.
+    tall = -(-length // 16) * 16
     group = sequences(batch)
     facts = pl.BlockSpec((1, group, length), lambda g, b, c: (g, 0, 0))
     return pl.pallas_call(
@@ -84,13 +84,10 @@ def merge(
         in_specs=[
             facts,
             facts,
-            pl.BlockSpec((1, rows, columns), lambda g, b, c: (g * group + b, 0, c)),
+            pl.BlockSpec((1, tall, columns), lambda g, b, c: (g * group + b, 0, c)),
         ],
         out_specs=pl.BlockSpec((1, slots, columns), lambda g, b, c: (g * group + b, 0, c)),
-        scratch_shapes=[
-            pltpu.VMEM((2 * _whole(even), 8), jnp.float32),
-            pltpu.VMEM((4, 8, _whole(even)), jnp.float32),
-        ],
+        scratch_shapes=[pltpu.VMEM((4, group, across.whole(even)), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem.SCOPE
         ),
@@ -113,14 +110,14 @@ class _Part(NamedTuple):
     repair: Array
 
 
-def _kernel(assign_ref, weight_ref, in_ref, out_ref, down_ref, facts_ref, *, in_order):
+def _kernel(assign_ref, weight_ref, in_ref, out_ref, facts_ref, *, in_order):
     slots, length = out_ref.shape[1], assign_ref.shape[2]
     even, odd = -(-length // 2), length // 2
     first, row = slots - odd, pl.ds(pl.program_id(1), 1)
 
     @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
     def _():
-        _split(assign_ref, weight_ref, down_ref, facts_ref, first, even)
+        _split(assign_ref, weight_ref, facts_ref, first, even)
 
     assign, weight, rank = (facts_ref[fact, row][:, :even] for fact in range(3))
     odd_weight = jnp.broadcast_to(facts_ref[3, row], (8, facts_ref.shape[2])).T[:odd, :1]
@@ -130,36 +127,41 @@ def _kernel(assign_ref, weight_ref, in_ref, out_ref, down_ref, facts_ref, *, in_
         lanes = slice(start, min(start + _LANES, in_ref.shape[2]))
         words = pltpu.bitcast(in_ref[0, :, lanes], jnp.uint32)
         evens = pltpu.bitcast(words << 16, jnp.float32)[:even].astype(jnp.bfloat16)
-        total = odd_weight * pltpu.bitcast(words & jnp.uint32(0xFFFF0000), jnp.float32)[:odd]
         for part in stay:
             moved = _dot(part.matrix, evens[part.tokens]) * part.repair
             out_ref[0, part.rows, lanes] = moved.astype(out_ref.dtype)
         if join is not None:
             choice, added = join
             joining = evens if choice is None else _dot(choice, evens).astype(jnp.bfloat16)
-            total += _dot(added.matrix, joining) * added.repair
-        out_ref[0, first:, lanes] = total.astype(out_ref.dtype)
+        # Sums of few rows stay in registers until they are written.
+        for top in range(0, odd, _ROWS):
+            piece = slice(top, min(top + _ROWS, odd))
+            own = pltpu.bitcast(in_ref[0, 2 * piece.start : 2 * piece.stop, lanes], jnp.uint32)
+            total = odd_weight[piece] * pltpu.bitcast(own & jnp.uint32(0xFFFF0000), jnp.float32)
+            if join is not None:
+                total += _dot(added.matrix[piece], joining) * added.repair[piece]
+            out_ref[0, first + piece.start : first + piece.stop, lanes] = total.astype(out_ref.dtype)
 
 
-def _split(assign_ref, weight_ref, down_ref, facts_ref, first, even):
+def _split(assign_ref, weight_ref, facts_ref, first, even):
     """Of several sequences: slots, weights and ranks of even tokens, and weights of odd ones."""
-    length, whole = assign_ref.shape[2], facts_ref.shape[2]
-    evens, odds = (pl.ds(half, whole, stride=2) for half in range(2))
-    for fact, ref in enumerate((assign_ref, weight_ref)):
-        # Down, the halves are rows that are two apart.
-        down_ref[:length] = _eight(ref[0].astype(jnp.float32)).T
-        facts_ref[fact] = down_ref[evens].T
-    facts_ref[3] = down_ref[odds].T
-    # What lies past the last token may be anything.
-    joins = (facts_ref[0] >= first) & (jax.lax.broadcasted_iota(jnp.int32, (8, whole), 1) < even)
-    facts_ref[2] = jnp.where(joins, _ranks(jnp.where(joins, 1.0, 0.0)), -1.0)
+    lanes = facts_ref.shape[2]
+    slots, weights = (
+        across.halves(across.padded(ref[0].astype(jnp.float32), 2 * lanes)) for ref in (assign_ref, weight_ref)
+    )
+    joins = (slots[0] >= first) & (across.number(slots[0].shape) < even)
+    ranks = jnp.where(joins, across.count_before(jnp.where(joins, 1.0, 0.0)), -1.0)
+    for fact, found in enumerate((slots[0], weights[0], ranks, weights[1])):
+        facts_ref[fact] = found
 
 
 def _stay(assign: Float[Array, "1 A"], weight: Float[Array, "1 A"], first: int, reach: int) -> list[_Part]:
     """Even tokens that keep a slot, at most `reach` places before their own."""
     even, parts = assign.shape[1], []
-    for start in range(0, first, _TILE):
-        rows = slice(start, min(start + _TILE, first))
+    # A product that is as deep as the matrix unit, over whole registers of bfloat16 rows.
+    size = (_TILE - reach) // 16 * 16 if reach <= _TILE // 2 else _TILE
+    for start in range(0, first, size):
+        rows = slice(start, min(start + size, first))
         # A token moves down only.
         tokens = slice(start if reach < even else 0, min(rows.stop + reach, even))
         shape = (rows.stop - rows.start, tokens.stop - tokens.start)
@@ -169,27 +171,9 @@ def _stay(assign: Float[Array, "1 A"], weight: Float[Array, "1 A"], first: int, 
     return parts
 
 
-def _whole(lanes: int) -> int:
-    """Lanes of whole registers."""
-    return -(-lanes // 128) * 128
-
-
-def _eight(*rows: Array) -> Array:
+def _eight(*given: Float[Array, "1 L"]) -> Float[Array, "8 L"]:
     """Rows of one register, zeros after those given."""
-    given = sum(row.shape[0] for row in rows)
-    return jnp.concatenate([*rows, *([jnp.zeros((8 - given, rows[0].shape[1]))] if given < 8 else [])], axis=0)
-
-
-def _ranks(joins: Float[Array, "8 L"]) -> Float[Array, "8 L"]:
-    """How many ones stand before each place: products with a triangle, exact in bfloat16."""
-    shape, ranks, before = (128, 128), [], 0.0
-    ahead = jax.lax.broadcasted_iota(jnp.int32, shape, 0) < jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    triangle = jnp.where(ahead, 1.0, 0.0).astype(jnp.bfloat16)
-    for start in range(0, joins.shape[1], 128):
-        piece = joins[:, start : start + 128]
-        ranks.append(_dot(piece.astype(jnp.bfloat16), triangle) + before)
-        before += jnp.sum(piece, axis=1, keepdims=True)
-    return jnp.concatenate(ranks, axis=1)
+    return jnp.concatenate([*given, jnp.zeros((8 - len(given), given[0].shape[1]))], axis=0)
 
 
 def _join(

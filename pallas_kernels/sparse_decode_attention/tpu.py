@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse decoding on the TPU: a step copies a block of listed pages into on-chip memory while the block before it is worked.
+"""Sparse decoding on the TPU: listed pages are copied into on-chip memory block by block, two blocks ahead of the work.
 
-The list is prefetched into scalar memory and every page is a copy of its own, all of a block under way at once; the next block
+The list is prefetched into scalar memory and every page is a copy of its own, all of a block under way at once; a later block
 may belong to the next key head, or the next sequence, so that only the very first one is waited for. Blocks past a list's end
 do not exist: neither copies nor work. Copies are started by hand, as the grid's own pipeline would need an input for every page
-and spends more than a hundred cycles on each in every step.
+and spends more than a hundred cycles on each in every step. To start one takes half a dozen scalar operations; those of a whole
+block stand in one region with the products of another, whose vector work they leave alone.
 
 Shapes: B batch, G key heads, R rows that share keys, d head width, P pages, S slots of a page, L pages listed.
 """
@@ -24,12 +25,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import vmem
 from pallas_kernels.sparse_decode_attention import reference, xla
 
-# Keys of a block: a copy long enough to hide its latency and a block's fixed work, twice for values, twice for the next block.
+# Keys of a block: a copy long enough to hide its latency and a block's fixed work; as much for values.
 BLOCK_BYTES = 2**20
+# Blocks in on-chip memory: one that is worked, one that arrives, and one whose copies are started in the shadow of the work.
+_BUFFERS = 3
 # Slots whose values are cleared at a time, as much as a list ends in.
 _CLEARED = 256
-# Pages whose copies are started and waited for without a loop.
-_RUN = 32
+# Pages of a block that is not whole whose copies are started without a loop.
+_RUN = 8
 
 
 def sparse_decode_attention(
@@ -65,7 +68,7 @@ def sparse_decode_attention(
     lists = _Lists(heads, groups, listed, many, slots, key_pages.shape[-3])
     kernel = functools.partial(_kernel, lists=lists, scale=scale, biased=bias is not None)
     pools = [pool.reshape(-1, slots, width) for pool in (key_pages, value_pages)]
-    buffer = pltpu.VMEM((2, many * slots, width), key_pages.dtype)
+    buffers = [pltpu.VMEM((many * slots, width), key_pages.dtype)] * _BUFFERS
     out, lse = pl.pallas_call(
         kernel,
         out_shape=[
@@ -77,7 +80,13 @@ def sparse_decode_attention(
             grid=(batch,),
             in_specs=[row(array.shape) for array in fixed] + 2 * [pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=[row(stacked.shape), row((batch, groups, rows, 1))],
-            scratch_shapes=[buffer, buffer, pltpu.SemaphoreType.DMA((2, 2)), pltpu.SMEM((1,), jnp.int32)],
+            scratch_shapes=[
+                buffers,
+                buffers,
+                pltpu.SemaphoreType.DMA((2, _BUFFERS)),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SMEM((3,), jnp.int32),
+            ],
         ),
         # Blocks go over from one sequence to the next, so that sequences are worked in order.
         # Page numbers within a length are the caller's promise, as for every listed page: checks of them cost half of a copy.
@@ -121,7 +130,7 @@ def _check(query: Array, key_pages: Array, pages: Array, rows: int, many: int) -
             f"a list of {pages.shape} pages takes {table} bytes of scalar memory, more than {vmem.SCALAR_BUDGET}; the nearest "
             f"that fits lists {vmem.SCALAR_BUDGET // (4 * pages.shape[0] * pages.shape[1])} pages for each head"
         )
-    blocks = 6 * many * vmem.size((slots, width), query.dtype)
+    blocks = 2 * (_BUFFERS + 1) * many * vmem.size((slots, width), query.dtype)
     scores = 4 * vmem.size((rows, many * slots), jnp.float32)
     own = 6 * groups * vmem.size((rows, max(width, 128)), jnp.float32)
     vmem.check("sparse_decode_attention", blocks + scores + own, "use smaller pages or fewer query rows")
@@ -129,32 +138,51 @@ def _check(query: Array, key_pages: Array, pages: Array, rows: int, many: int) -
 
 def _kernel(pages_ref, lengths_ref, query_ref, peak_ref, total_ref, *refs, lists, scale, biased):
     bias_ref, refs = (refs[0], refs[1:]) if biased else (None, refs)
-    *pools, out_ref, lse_ref, key_buffer, value_buffer, arrived, turn = refs
+    *pools, out_ref, lse_ref, key_buffers, value_buffers, arrived, turn, ahead = refs
     row, groups = pl.program_id(0), query_ref.shape[1]
-    copies = _Copies(lists, pages_ref, lengths_ref, tuple(pools), (key_buffer, value_buffer), arrived)
+    copies = _Copies(lists, pages_ref, lengths_ref, tuple(pools), (key_buffers, value_buffers), arrived, ahead)
 
     @pl.when(row == 0)
     def _():
         turn[0] = 0
-        copies.start(0, 0, 0, 0)
+        copies.rewind()
+        for buffer in range(_BUFFERS - 1):
+            copies.start(buffer)
+            copies.advance()
 
     def one_list(g, _):
-        length, last = copies.length(row, g), copies.blocks(row, g) - 1
+        length = copies.length(row, g)
 
         def block(place, state):
-            buffer = turn[0]
-            turn[0] = 1 - buffer
-            _start_next(copies, row, g, place, last, 1 - buffer)
-            copies.wait(row, g, place, buffer)
-            first = place * lists.block
-            _clear_end(value_buffer, buffer, length - first, lists)
+            live = length - place * lists.block
             bias = bias_ref[0, g, pl.ds(place, 1), :] if biased else None
-            return _attend(
-                state, query_ref[0, g], key_buffer[buffer], value_buffer[buffer], bias, length - first, scale
-            )
+
+            def from_buffer(buffer, state):
+                copies.wait(live, buffer)
+                keys, values = key_buffers[buffer], value_buffers[buffer]
+                _clear_end(values, live, lists)
+
+                def attend(state):
+                    return _attend(state, query_ref[0, g], keys[...], values[...], bias, live, scale)
+
+                # The buffer of the block before this one is free.
+                free = (buffer + _BUFFERS - 1) % _BUFFERS
+                return jax.lax.cond(
+                    copies.whole(),
+                    lambda state: (copies.start_whole(free), attend(state))[1],
+                    lambda state: (copies.start(free), attend(state))[1],
+                    state,
+                )
+
+            own = turn[0]
+            turn[0] = jnp.where(own == _BUFFERS - 1, 0, own + 1)
+            # A buffer that is named in the program is known to be another one than that which copies go to.
+            state = jax.lax.switch(own, [functools.partial(from_buffer, buffer) for buffer in range(_BUFFERS)], state)
+            copies.advance()
+            return state
 
         state = (peak_ref[0, g], total_ref[0, g], jnp.zeros(query_ref.shape[2:], jnp.float32))
-        peak, total, sums = jax.lax.fori_loop(0, last + 1, block, state)
+        peak, total, sums = jax.lax.fori_loop(0, copies.blocks(row, g), block, state)
         some = total > 0
         safe = jnp.where(some, total, 1.0)
         out_ref[0, g] = (sums / safe).astype(out_ref.dtype)
@@ -187,9 +215,9 @@ class _Lists:
 
 @dataclasses.dataclass(frozen=True)
 class _Copies:
-    """Copies of listed pages into on-chip memory, one of two buffers at a time.
+    """Copies of listed pages into on-chip memory, a buffer for each block under way.
 
-    Sequence `b`, key head `g` and block `place` of its list say which pages.
+    `ahead` holds the sequence, the key head and the place in its list of the block that is copied next.
     """
 
     lists: _Lists
@@ -198,6 +226,7 @@ class _Copies:
     pools: tuple[Any, Any]
     buffers: tuple[Any, Any]
     arrived: Any
+    ahead: Any
 
     def _list(self, b, g):
         return b * self.lists.heads + (g if self.lists.heads > 1 else 0)
@@ -210,8 +239,51 @@ class _Copies:
         """Blocks of a list: an empty one has one without a page."""
         return jnp.maximum(pl.cdiv(self.length(b, g), self.lists.block), 1)
 
-    def start(self, b, g, place, buffer):
-        """Starts all copies of a block."""
+    def rewind(self):
+        """The very first block comes next."""
+        for state in range(3):
+            self.ahead[state] = 0
+
+    def advance(self):
+        """The block after the next one comes next; it may be another key head's, or another sequence's."""
+        b, g, place = (self.ahead[state] for state in range(3))
+        ended = (b < pl.num_programs(0)) & (place + 1 >= self.blocks(jnp.minimum(b, pl.num_programs(0) - 1), g))
+        over = ended & (g + 1 == self.lists.groups)
+        self.ahead[0] = jnp.where(over, b + 1, b)
+        self.ahead[1] = jnp.where(over, 0, jnp.where(ended, g + 1, g))
+        self.ahead[2] = jnp.where(ended, 0, place + 1)
+
+    def _count(self):
+        """Pages of the next block, more than a block's where others follow; none after the last sequence."""
+        b, g, place = (self.ahead[state] for state in range(3))
+        there = b < pl.num_programs(0)
+        length = self.length(jnp.where(there, b, 0), g)
+        return jnp.where(there, pl.cdiv(length, self.lists.slots) - place * self.lists.many, 0)
+
+    def whole(self):
+        """Whether the next block is a whole one."""
+        return self._count() >= self.lists.many
+
+    def start_whole(self, buffer):
+        """Starts all copies of a whole block, which the compiler can put beside other work: there is no branch."""
+        one = self._page(buffer)
+        for page in range(self.lists.many):
+            one(page)
+
+    def start(self, buffer):
+        """Starts all copies of the next block."""
+        one, count = self._page(buffer), jnp.minimum(self._count(), self.lists.many)
+
+        def several(run, _):
+            for page in range(_RUN):
+                one(run * _RUN + page)
+
+        jax.lax.fori_loop(0, count // _RUN, several, None)
+        jax.lax.fori_loop(count // _RUN * _RUN, count, lambda page, _: one(page), None)
+
+    def _page(self, buffer):
+        """What starts the copies of one page of the next block."""
+        b, g, place = (self.ahead[state] for state in range(3))
         first = self._list(b, g) * self.lists.listed + place * self.lists.many
 
         def one(page):
@@ -220,53 +292,30 @@ class _Copies:
                 number += g * self.lists.there
             target = pl.ds(page * self.lists.slots, self.lists.slots)
             for kind in range(2):
-                held = self.buffers[kind].at[buffer, target]
+                held = self.buffers[kind][buffer].at[target]
                 pltpu.make_async_copy(self.pools[kind].at[number], held, self.arrived.at[kind, buffer]).start()
 
-        def several(begin, end):
-            for page in range(begin, end):
-                one(page)
+        return one
 
-        self._for_pages(b, g, place, one, several)
-
-    def wait(self, b, g, place, buffer):
-        """Waits for all copies of a block."""
+    def wait(self, live, buffer):
+        """Waits for all copies of a block of `live` tokens and more."""
 
         def pages(begin, count):
             # A semaphore counts bytes, so that several pages are waited for in one piece.
             piece = pl.ds(begin * self.lists.slots, count * self.lists.slots)
             for kind, held in enumerate(self.buffers):
-                pltpu.make_async_copy(
-                    held.at[buffer, piece], held.at[buffer, piece], self.arrived.at[kind, buffer]
-                ).wait()
+                part = held[buffer].at[piece]
+                pltpu.make_async_copy(part, part, self.arrived.at[kind, buffer]).wait()
 
-        self._for_pages(b, g, place, lambda page: pages(page, 1), lambda begin, end: pages(begin, end - begin))
+        count, many = pl.cdiv(live, self.lists.slots), self.lists.many
+        pl.when(count >= many)(functools.partial(pages, 0, many))
 
-    def _for_pages(self, b, g, place, one, several):
-        """`several(begin, end)` for runs of pages of a block, `one(page)` for those of a run that is cut short."""
-        count = pl.cdiv(self.length(b, g), self.lists.slots) - place * self.lists.many
-        for begin in range(0, self.lists.many, _RUN):
-            end = min(begin + _RUN, self.lists.many)
-            pl.when(count >= end)(functools.partial(several, begin, end))
-
-            @pl.when((count > begin) & (count < end))
-            def _(begin=begin):
-                jax.lax.fori_loop(begin, count, lambda page, _: one(page), None)
+        @pl.when(count < many)
+        def _():
+            jax.lax.fori_loop(0, count, lambda page, _: pages(page, 1), None)
 
 
-def _start_next(copies, row, g, place, last, buffer):
-    """Starts the copies of the block after this one, which may be the next key head's or the next sequence's."""
-    ended = place == last
-    after = jnp.where(ended, g + 1, g)
-    over = after == copies.lists.groups
-    b, g = jnp.where(over, row + 1, row), jnp.where(over, 0, after)
-
-    @pl.when(b < pl.num_programs(0))
-    def _():
-        copies.start(b, g, jnp.where(ended, 0, place + 1), buffer)
-
-
-def _clear_end(value_buffer, buffer, live, lists):
+def _clear_end(values, live, lists):
     """Zeros for values past the `live` ones of a block, some pages at a time."""
     pages = max(
         count
@@ -278,11 +327,9 @@ def _clear_end(value_buffer, buffer, live, lists):
     def clear(index, _):
         # The end of the last page, and what no page was copied to, may hold anything, nan too, and 0 * nan is nan.
         start = pl.multiple_of(index * piece, piece)
-        values = value_buffer[buffer, pl.ds(start, piece)]
-        real = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < live
-        value_buffer[buffer, pl.ds(start, piece)] = jnp.where(real, values.astype(jnp.float32), 0.0).astype(
-            values.dtype
-        )
+        held = values[pl.ds(start, piece)]
+        real = start + jax.lax.broadcasted_iota(jnp.int32, held.shape, 0) < live
+        values[pl.ds(start, piece)] = jnp.where(real, held.astype(jnp.float32), 0.0).astype(held.dtype)
 
     jax.lax.fori_loop(live // piece, lists.many // pages, clear, None)
 

@@ -22,6 +22,7 @@ from typing import Any
 from etils import epath
 
 from experiments.bench import BENCHES
+from experiments.memory import keep_freed_pages
 from experiments.rundir import git_revision, versions
 
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not options.name:
         parser.error(f"name a benchmark: {', '.join(BENCHES)}; or --list")
+    keep_freed_pages()
     facts = {"versions": {k: v for k, v in versions().items() if k in ("python", "jax", "jaxlib")}}
     facts["revision"] = git_revision()
     try:

@@ -25,6 +25,7 @@ from adaptive.width import acm
 from experiments import config as config_lib
 from experiments import tasks, train
 from experiments.evaluate import parse_overrides, restore
+from experiments.memory import keep_freed_pages
 from experiments.rundir import apply_overrides
 from experiments.tasks.acm import Acm, label_histograms, phase_settings
 from experiments.train import TrainResult
@@ -130,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dense", default="", help="a run of the dense model, to start from")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
     options = parser.parse_args(argv)
+    keep_freed_pages()
     root = epath.Path(options.workdir)
 
     def run(name: str, config: ConfigDict, **given: Any) -> TrainResult:

@@ -25,6 +25,7 @@ from tabulate import tabulate
 from experiments import data, evaluate, tasks, train
 from experiments.data import byte_vocab, pairs
 from experiments.generate import DELETIONS, deletion_mode
+from experiments.memory import keep_freed_pages
 from experiments.progress import Progress
 from experiments.tasks import qa
 from layers.generation import generate_t5
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
     parser.add_argument("--answers", default="", help="also write every answer to this JSON lines file")
     options = parser.parse_args(argv)
+    keep_freed_pages()
     try:
         records = answer(
             options.workdir,

@@ -27,6 +27,7 @@ from experiments import config as config_lib
 from experiments import data, measure, parallel, tasks, train
 from experiments.checkpoints import Checkpointer
 from experiments.config import load_config
+from experiments.memory import keep_freed_pages
 from experiments.rundir import config_hash, git_revision, versions
 
 
@@ -155,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
     parser.add_argument("--no-speed", action="store_true", help="leave out the timing")
     options = parser.parse_args(argv)
+    keep_freed_pages()
     step = int(options.step) if options.step.isdigit() else options.step or None
     try:
         row = evaluate(

@@ -27,6 +27,7 @@ from etils import epath
 
 from experiments import data, evaluate, tasks, train
 from experiments.data import byte_vocab
+from experiments.memory import keep_freed_pages
 from layers.generation import generate_lm, generate_t5
 
 DELETIONS = ("hard", "soft", "none")
@@ -255,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Reads the arguments, generates, prints; returns the exit code."""
     options = _parser().parse_args(argv)
+    keep_freed_pages()
     try:
         texts = [text.encode("utf-8", errors="surrogateescape") for text in options.text]
         texts += [sys.stdin.buffer.read() if name == "-" else epath.Path(name).read_bytes() for name in options.file]

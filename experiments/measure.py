@@ -9,6 +9,7 @@ call takes the host longer than many a kernel runs.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -87,6 +88,11 @@ def random_like(abstract: Any, key: Any, deviation: float = 0.02) -> Any:
         for k, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, drawn)
+
+
+def threads() -> int:
+    """CPUs that this process may use, which is how many threads a computation on the CPU has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name() -> str:

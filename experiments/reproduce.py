@@ -26,6 +26,7 @@ import time
 import jax
 from etils import epath
 
+from experiments.memory import keep_freed_pages
 from experiments.studies import STUDIES
 from experiments.studies.readme import update
 from experiments.studies.study import Context
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := sorted(name for name, folder in folders.items() if name not in DATA or not folder):
         parser.error(f"--data takes NAME=FOLDER with NAME one of {', '.join(DATA)}; got {', '.join(unknown)}")
     quiet_logs()
+    keep_freed_pages()
     # Runs of a study differ in seeds and rates, not in their programs, and most of a short run's time is compilation.
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(options.runs) / "compiled"))
     started = time.time()

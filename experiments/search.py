@@ -32,6 +32,7 @@ from adaptive.rates.schedules import Schedule, Space, cost_of
 from experiments import data, tasks, train
 from experiments import evaluate as evaluation
 from experiments.config import load_config
+from experiments.memory import keep_freed_pages
 from experiments.progress import Progress
 from experiments.rundir import config_hash
 from experiments.tasks.classification import Classification
@@ -243,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pruned", type=float, default=0.5, help="share of the removed tokens that is pruned")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    keep_freed_pages()
     directory = epath.Path(options.workdir)
     try:
         found = _search(directory, options)

@@ -53,6 +53,7 @@ from ml_collections import ConfigDict
 from experiments import config as config_lib
 from experiments import data, metrics, optim, parallel, tasks
 from experiments.checkpoints import Checkpointer, CheckpointMismatch, NoSoundCheckpoint
+from experiments.memory import keep_freed_pages
 from experiments.optim import TrainState
 from experiments.progress import Progress
 from experiments.rundir import RunDir, WorkdirMismatch, plain
@@ -493,6 +494,7 @@ def _main(argv: list[str]) -> None:
     if missing:
         raise app.UsageError(f"--{' and --'.join(missing)} must be given; see the examples above.", exitcode=2)
     quiet_logs()
+    keep_freed_pages()
     if values.distributed:
         jax.distributed.initialize()
     sys.exit(run(config, values.workdir, overwrite=values.overwrite))

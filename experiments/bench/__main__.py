@@ -21,7 +21,9 @@ from typing import Any
 
 from etils import epath
 
+from experiments import measure
 from experiments.bench import BENCHES
+from experiments.memory import keep_freed_pages
 from experiments.rundir import git_revision, versions
 
 
@@ -45,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not options.name:
         parser.error(f"name a benchmark: {', '.join(BENCHES)}; or --list")
+    keep_freed_pages()
     facts = {"versions": {k: v for k, v in versions().items() if k in ("python", "jax", "jaxlib")}}
-    facts["revision"] = git_revision()
+    facts |= {"threads": measure.threads(), "revision": git_revision()}
     try:
         _print_rows(options, facts)
     except (ValueError, NotImplementedError) as error:

@@ -27,7 +27,7 @@ def render(text: str, results: epath.Path) -> str:
     return _BLOCK.sub(fill, text)
 
 
-BENCH_COLUMNS = ("name", "shape", "part", "device", "dtype", "implied", "realised", "overhead")
+BENCH_COLUMNS = ("name", "shape", "part", "device", "threads", "dtype", "implied", "realised", "overhead")
 
 
 def bench_summary(results: epath.Path) -> None:
@@ -40,7 +40,7 @@ def bench_summary(results: epath.Path) -> None:
                 row["shape"] += f", density {row['density']:g}"
             # What a row is of: a part of a model, or one of the methods that a benchmark compares.
             row["part"] = row.get("part", row.get("method", "-"))
-            newest[row["name"], row["shape"], row["part"], row["device"], row["dtype"]] = row
+            newest[tuple(row.get(column) for column in BENCH_COLUMNS[:6])] = row
     if newest:
         body = [[row.get(column, "-") for column in BENCH_COLUMNS] for row in newest.values()]
         (results / "bench" / "summary.md").write_text(tabulate(body, BENCH_COLUMNS, tablefmt="github") + "\n")

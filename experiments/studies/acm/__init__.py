@@ -88,7 +88,7 @@ SUITES: dict[str, dict[str, Any]] = {
         repeats=7,
         evaluated=0,
         images={**_IMAGES, "ablations": True},
-        text={**_TEXT, "seeds": (0, 1)},
+        text=_TEXT,
         cifar10=_CIFAR10,
     ),
     "full": dict(

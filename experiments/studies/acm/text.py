@@ -67,11 +67,10 @@ def token_exits(runs: Runs, settings: Mapping[str, Any]) -> Iterator[dict[str, A
 def run(context: Context, settings: Mapping[str, Any]) -> list[str]:
     """Makes the rows, tables, plots and pictures; returns the ids of the rows."""
     rows = []
-    seeds = settings.get("seeds", context.settings["seeds"])
-    for seed in seeds:
+    for seed in context.settings["seeds"]:
         runs = Runs(context, "text", settings, seed)
         rows += [dense_row(runs), *acm_rows(runs, settings), *uniform(runs, settings), *token_exits(runs, settings)]
-        if seed == seeds[0]:
+        if seed == context.settings["seeds"][0]:
             pictures.text(runs, context, settings["targets"])
     tables.write(context.results, "text", TITLE, rows, COLUMNS)
     level = {"bits_per_byte": float(np.mean([row["bits_per_byte"] for row in rows if row["method"] == "dense"]))}

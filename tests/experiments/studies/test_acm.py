@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study of ACM: from nothing to tables and pictures, comparison at equal compute, and what the quick run has to show."""
 
+import collections
+import functools
 import json
 import pathlib
 
@@ -119,15 +121,36 @@ def test_rarely_used_numbers_of_learners_do_not_count():
     assert pictures.counts(load) == [1, 3] and pictures.several(load) == 1
 
 
-def test_the_committed_quick_run_meets_its_budgets_and_its_gates_choose():
+@functools.cache
+def committed():
+    """Rows of the trade-offs in the committed quick run, by part."""
     path = ROOT / "results" / "quick" / "acm" / "rows.jsonl"
     if not path.exists():
         pytest.skip("no committed quick run: python -m experiments.reproduce --suite=quick --only=acm")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row["method"] == "acm" and row["kind"] == "trade_off" and row["part"] == "images"]
+    parts = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        if row["kind"] == "trade_off":
+            parts.setdefault(row["part"], []).append(row)
+    return parts
+
+
+@pytest.mark.parametrize("part", ["images", "text"])
+def test_the_committed_quick_run_meets_its_budgets(part):
+    rows = [row for row in committed()[part] if row["method"] == "acm"]
     assert len(rows) == 15
     for target in {row["setting"] for row in rows}:
         shares = [row["share"] for row in rows if row["setting"] == target]
         assert abs(np.mean(shares) - float(target)) < 0.01, target
-    for found in rows:
-        assert pictures.several(found["load"]) > len(found["load"]) / 2, found["id"]
+
+
+def test_gates_choose_in_most_modules_of_the_committed_quick_run():
+    for found in committed()["images"]:
+        if found["method"] == "acm":
+            assert pictures.several(found["load"]) > len(found["load"]) / 2, found["id"]
+
+
+@pytest.mark.parametrize("other", ["early_exit", "avit"])
+def test_acm_is_above_exits_and_halting_at_two_budgets_in_every_seed_of_the_committed_quick_run(other):
+    found = at_equal_compute(committed()["images"], "acm", other, "accuracy", higher=True)
+    seeds = collections.Counter(row["setting"] for row in found if row["gain"] is not None and row["gain"] > 0)
+    assert sum(count == 3 for count in seeds.values()) >= 2, seeds

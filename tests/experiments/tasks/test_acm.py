@@ -92,6 +92,21 @@ def test_distillation_trains_all_learners_at_once_and_reports_a_loss_for_each():
     assert len(moved) == 30
 
 
+def test_twelve_layers_are_distilled_in_one_program_with_a_loss_for_each_module():
+    task = tasks.build(config(**{"model.depth": 12}))
+    dense = meta.unbox(jax.eval_shape(lambda: task.inner.init(jax.random.key(0), batch())))["params"]
+
+    def loss(params, dense):
+        phase = task.distillation(dense)
+        return phase.loss(params, batch(), train=True, **options(phase))
+
+    start = jax.eval_shape(task.start, dense, jax.random.key(0))
+    (value, metrics), _ = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), start, dense)
+    modules = ("attention/key", "attention/out", "attention/query", "attention/value", "mlp")
+    assert metrics.keys() == {f"distillation/block_{layer}/{name}" for layer in range(12) for name in modules}
+    assert value.shape == ()
+
+
 def test_gate_training_moves_gates_alone():
     (loss, metrics), _ = step("gate")
     assert np.isfinite(loss) and len(metrics) == 10

@@ -45,8 +45,8 @@ METHODS = ("uniform", "random", "g_search", "p_sigmoid", "evopress")
 class Objective:
     """The mean cross-entropy of any schedule on a calibration set, in one compiled step for all schedules.
 
-    Tokens are masked, so schedules are values and not shapes; what inference gathers gives the same logits. Results are kept in
-    a file under the schedule and the share of the calibration set, and are read from there instead of computed again.
+    Tokens are masked, so schedules are values and not shapes; what inference gathers gives the same logits. The loss of every
+    batch under a schedule is kept in a file and read from there instead of computed again, whatever share is asked for.
 
     Args:
       model: a ViT without hooks; params: its parameters.
@@ -76,13 +76,13 @@ class Objective:
         self._task = Classification(model.clone(hooks=(self._hook,)))
         self._step = jax.jit(functools.partial(self._task.eval_step, extra={}))
         self._params, self._batches = params, batches
-        self._path, self._identity, self.pruned = path, f"{identity}-{pruned:g}", pruned
+        self._weights = [float(np.sum(batch["weight"])) for batch in batches]
+        self._path, self._identity, self.pruned = path, f"{identity}, pruned={pruned:g}", pruned
         self._progress: Progress | None = None
         self.calls = self.evaluations = 0
-        self._known = {
-            (tuple(row["counts"]), row["batches"]): row["loss"]
-            for row in _rows(path)
-            if row["identity"] == self._identity
+        # Of the first batches, as many as were asked for; a later row of a schedule holds more of them.
+        self._losses: dict[tuple[int, ...], list[float]] = {
+            tuple(row["counts"]): row["losses"] for row in _rows(path) if row["identity"] == self._identity
         }
 
     def watch(self, progress: Progress) -> None:
@@ -106,23 +106,22 @@ class Objective:
           ValueError: the counts do not fit the model.
         """
         schedule = self.schedule(counts)
-        batches = max(round(share * len(self._batches)), 1)
-        key = (schedule.counts, batches)
-        if key not in self._known:
-            self._known[key] = self._evaluate(schedule, batches)
+        number = max(round(share * len(self._batches)), 1)
+        losses = self._losses.setdefault(schedule.counts, [])
+        if len(losses) < number:
+            losses += self._evaluate(schedule, self._batches[len(losses) : number])
             self.evaluations += 1
-            self._remember(key)
+            self._remember(schedule.counts)
+        loss = float(np.average(losses[:number], weights=self._weights[:number]))
         self.calls += 1
         if self._progress is not None:
-            total = self._progress.total_steps
-            self._progress.update(min(self.calls, total), {"loss": self._known[key]})
-        return self._known[key]
+            self._progress.update(min(self.calls, self._progress.total_steps), {"loss": loss})
+        return loss
 
-    def _evaluate(self, schedule: Schedule, batches: int) -> float:
+    def _evaluate(self, schedule: Schedule, batches: Sequence[Mapping[str, Any]]) -> list[float]:
         params = self._params | {"hooks_0": {"logits": self._logits(schedule)}}
-        found = [self._step(params, batch)["cross_entropy"] for batch in self._batches[:batches]]
-        total, weight = np.sum(np.asarray(jax.device_get(found), np.float64), axis=0)
-        return float(total / weight)
+        found = jax.device_get([self._step(params, batch)["cross_entropy"] for batch in batches])
+        return [float(total) / float(weight) for total, weight in found]
 
     def _logits(self, schedule: Schedule) -> jax.Array:
         """Rates that are certain of the schedule. Its one token, where only the class token is left, has no candidate."""
@@ -131,16 +130,16 @@ class Objective:
         numbers = jnp.asarray([schedule.prune, schedule.merge]).T[..., None] - 1
         return jnp.where(numbers == jnp.asarray(self._hook.choices), 100.0, 0.0)
 
-    def _remember(self, key: tuple[tuple[int, ...], int]) -> None:
-        counts, batches = key
-        row = {"identity": self._identity, "counts": counts, "batches": batches, "loss": self._known[key]}
+    def _remember(self, counts: tuple[int, ...]) -> None:
+        row = {"identity": self._identity, "counts": counts, "losses": self._losses[counts]}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            # The line break comes first, so that a row is not lost to the torn line that a kill has left.
+            file.write("\n" + json.dumps(row))
 
 
 def _rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a file, without a torn last line that a kill has left."""
+    """The rows of a file, without the torn lines that kills have left."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -88,6 +88,22 @@ def curves(
     return figure
 
 
+def by_layer(panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> Figure:
+    """Values of layers 1, 2, ... in one panel for each y label; the lines of a name, one a seed, share its colour."""
+    figure = Figure(figsize=(4.2 * len(panels) + 1.0, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (y_label, lines) in zip(axes, panels.items(), strict=True):
+        for index, (name, seeds) in enumerate(lines.items()):
+            for place, ys in enumerate(seeds):
+                label = None if place else name
+                axis.plot(range(1, len(ys) + 1), ys, color=f"C{index}", linewidth=1, marker=".", label=label)
+        axis.set_xlabel("layer")
+        axis.set_ylabel(y_label)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
 def bars(groups: Mapping[str, Mapping[str, float]], y_label: str, *, slanted: bool = False) -> Figure:
     """One group of bars for each name in `groups`, one bar in it for each method; long names stand `slanted`."""
     methods = list(next(iter(groups.values())))

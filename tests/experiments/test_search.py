@@ -60,14 +60,19 @@ def test_the_loss_is_that_of_the_path_that_shrinks(tmp_path):
 
 
 def test_nothing_is_evaluated_twice_and_one_compilation_serves_all(tmp_path):
-    objective = _objective(tmp_path)
+    objective, asked = _objective(tmp_path), []
+    step = objective._step
+    objective._step = lambda params, batch: (asked.append(batch), step(params, batch))[1]
     schedules = [(17, 17, 17), (17, 9, 5), (14, 9, 2)]
+    # A part of the set first: the whole then asks for the rest alone.
+    half = objective(schedules[0], 0.5)
     losses = [objective(counts) for counts in schedules]
-    assert len(set(losses)) == 3 and objective._step._cache_size() == 1
-    assert [objective(counts) for counts in schedules] == losses
-    assert (objective.evaluations, objective.calls) == (3, 6)
+    assert len({*losses, half}) == 4 and step._cache_size() == 1 and len(asked) == 2 * len(schedules)
+    assert [objective(counts) for counts in schedules] == losses and objective(schedules[0], 0.5) == half
+    assert (objective.evaluations, objective.calls, len(asked)) == (4, 8, 6)
     again = _objective(tmp_path)
-    assert [again(counts) for counts in schedules] == losses and again.evaluations == 0
+    assert [again(counts) for counts in schedules] == losses and again(schedules[0], 0.5) == half
+    assert again.evaluations == 0
     other = _objective(tmp_path, identity="b")
     other((17, 9, 5))
     assert other.evaluations == 1
@@ -78,11 +83,14 @@ def test_a_torn_line_of_a_killed_search_is_made_again(tmp_path):
     first, _ = objective((17, 9, 5)), objective((17, 8, 5))
     path = epath.Path(tmp_path) / "searches.jsonl"
     text = path.read_text()
-    path.write_text(text[: text.rindex('"loss"')])
+    path.write_text(text[: text.rindex('"losses"')])
     again = _objective(tmp_path)
     assert again((17, 9, 5)) == first and again.evaluations == 0
-    again((17, 8, 5))
+    second = again((17, 8, 5))
     assert again.evaluations == 1
+    # What was made after the torn line is there for the next.
+    last = _objective(tmp_path)
+    assert last((17, 8, 5)) == second and last.evaluations == 0
 
 
 def test_mistakes_are_refused(tmp_path):
@@ -132,7 +140,9 @@ def test_the_command_resumes_and_prints_what_evaluates_the_result(tmp_path, caps
     train.train(config, tmp_path / "run", progress=False)
     command = [f"--workdir={tmp_path / 'run'}", "--method=random", "--budget=0.8", "--trials=2", "--examples=64"]
     assert search.main(command) == 0
-    first, receipt = capsys.readouterr().out.strip().splitlines()
+    printed = capsys.readouterr()
+    assert "[search random] step 2/2 (100 %)" in printed.err and "ETA 0:00:00" in printed.err
+    first, receipt = printed.out.strip().splitlines()
     found = json.loads(first)
     assert found["evaluations"] == 2 and found["macs_share"] <= 0.8
     assert receipt.startswith("python -m experiments.evaluate --workdir=")

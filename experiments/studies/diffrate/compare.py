@@ -181,13 +181,14 @@ def _equal(runs: Runs, compared: list[dict]) -> None:
 
 
 def _curves(runs: Runs, order: str, schedules: dict[float, list[Schedule]]) -> None:
-    """Tokens after each layer that were learned, and how many of the removed ones were pruned."""
-    lines = {}
-    layers = list(range(1, runs.model.depth + 1))
+    """Tokens after each layer that were learned, and how many of those that went were pruned."""
+    left, pruned = {}, {}
     for budget, found in schedules.items():
-        for index, schedule in enumerate(found):
-            lines[f"{100 * budget:g} %, seed {runs.seeds[index]}"] = (layers, schedule.counts)
-    figure = plots.curves(lines, "layer", "tokens after the layer", levels=(runs.model.num_tokens,))
+        left[f"{100 * budget:g} %"] = [schedule.counts for schedule in found]
+        pruned[f"{100 * budget:g} %"] = [
+            np.subtract((runs.model.num_tokens, *schedule.counts[:-1]), schedule.prune) for schedule in found
+        ]
+    figure = plots.by_layer({"tokens after the layer": left, "tokens pruned at the layer": pruned})
     name = f"{runs.name}_learned" if order == PUBLISHED else f"{runs.name}_learned_{order}"
     plots.save(figure, runs.context.results, name)
 

@@ -16,6 +16,7 @@ from adaptive.rates.schedules import Schedule
 from experiments import tasks
 from experiments.bench.diffrate import schedule_of
 from experiments.rundir import apply_overrides
+from experiments.studies import plots
 from experiments.studies.diffrate import compare, published
 from experiments.studies.diffrate.runs import Setup
 from experiments.studies.graft import graft
@@ -129,3 +130,12 @@ def test_the_table_at_equal_compute_counts_the_seeds_that_are_better_than_tome(t
     assert [line[3] for line in cells] == ["1 of 2", "0 of 1", "-"]
     # An equal cross-entropy is not below.
     assert [line[5] for line in cells] == ["1 of 2", "0 of 1", "-"]
+
+
+def test_seeds_of_a_budget_share_a_colour_and_a_name_in_the_plot_by_layer():
+    figure = plots.by_layer({"left": {"85 %": [(9, 7), (9, 6)], "50 %": [(5, 3)]}, "pruned": {"85 %": [(1, 0)]}})
+    lines = figure.axes[0].lines
+    assert [line.get_xdata().tolist() for line in lines] == [[1, 2]] * 3
+    assert lines[0].get_color() == lines[1].get_color() != lines[2].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["85 %", "50 %"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["left", "pruned"]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measure
+from experiments.bench import kernels
 from experiments.bench.block_sparse_attention import both, dense_peer
 from pallas_kernels.biased_flash_attention import attention_column_stats, biased_attention, specs
 from pallas_kernels.position_bias import PositionBias
@@ -24,15 +25,13 @@ from pallas_kernels.position_bias import PositionBias
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--spec", default="small_float32", help="named shapes, or all")
-    parser.add_argument("--implementation", default=None, help="of ours (default: the best there is)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each function (default %(default)s)")
+    kernels.add_arguments(parser, "small_float32")
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each named shape."""
-    for name in specs.NAMED if options.spec == "all" else options.spec.split(","):
-        yield _row(options, name, specs.NAMED[name])
+    for name, spec in kernels.chosen(options, specs.NAMED):
+        yield _row(options, name, spec)
 
 
 def _positions(spec: specs.Spec) -> PositionBias | None:
@@ -72,19 +71,14 @@ def _row(options: argparse.Namespace, name: str, spec: specs.Spec) -> dict[str, 
         "biased_both": measure.compiled_call(both(biased), *arrays, mass),
         "statistics": measure.compiled_call(statistics, query, key, mass),
     }
-    times = measure.interleaved(functions, repeats=options.repeats, warmup=2, calls=measure.kernel_calls())
+    times = kernels.times_of(options, functions)
     medians = {name: time.median for name, time in times.items()}
-    return {
-        "spec": name,
-        "shape": f"{spec.batch}x{spec.tokens} {spec.heads}/{spec.groups} heads of {spec.width}",
-        "device": measure.device_name(),
-        "dtype": spec.dtype,
+    facts = {
         "causal": spec.causal,
-        "implementation": options.implementation or "best",
         "dense_by": peer or "xla",
-        "realised": round(medians["dense"] / medians["biased"], 4),
-        "gradients_share": round(medians["biased_both"] / medians["dense_both"], 4),
-        "statistics_share": round(medians["statistics"] / medians["dense"], 4),
-        "milliseconds": measure.milliseconds(times),
-        "repeats": options.repeats,
+        "realised": medians["dense"] / medians["biased"],
+        "gradients_share": medians["biased_both"] / medians["dense_both"],
+        "statistics_share": medians["statistics"] / medians["dense"],
     }
+    shape = f"{spec.batch}x{spec.tokens} {spec.heads}/{spec.groups} heads of {spec.width}"
+    return kernels.row(options, name, spec, shape, times, **facts)

@@ -160,12 +160,13 @@ class Attention(nn.Module):
         turned_query = self._rotate(query, positions)
         turned_key = self._rotate(key, positions if context is None else context_positions)
         common = {"key_bias": key_bias, "causal": causal, "softmax": self.softmax, "scale": self.scale}
-        options, arrays = {**common, "bias": bias}, (turned_query, turned_key, value)
+        options, arrays, lse = {**common, "bias": bias}, (turned_query, turned_key, value), None
         if key_mask is not None:
             out = masked_attention(*arrays, key_mask, key_bias=key_bias, scale=self.scale)
             options["key_bias"] = key_bias = jnp.where(key_mask > 0, 0.0 if key_bias is None else key_bias, -jnp.inf)
         elif block_index is None:
-            out = biased_attention(*arrays, implementation=self.implementation, **options)
+            # Column sums start from the log-sum-exp that attention makes anyway.
+            out, lse = biased_attention(*arrays, return_lse=True, implementation=self.implementation, **options)
         else:
             out = block_sparse_attention(*arrays, block_index, implementation=self.implementation, **common)
         handed = {
@@ -174,7 +175,7 @@ class Attention(nn.Module):
             if name in signals
         }
         weight = jnp.isfinite(key_bias) if key_bias is not None and context is None else None
-        handed |= _attention_signals(turned_query, turned_key, signals, weight, self.implementation, options)
+        handed |= _attention_signals(turned_query, turned_key, signals, weight, lse, self.implementation, options)
         if "score_excess" in signals:
             handed["score_excess"] = attention_score_excess(
                 turned_query,
@@ -295,7 +296,13 @@ def _check_sparse(signals: tuple[str, ...], bias: Array | PositionBias | None) -
 
 
 def _attention_signals(
-    query: Array, key: Array, signals: tuple[str, ...], weight: Array | None, implementation: str | None, options: dict
+    query: Array,
+    key: Array,
+    signals: tuple[str, ...],
+    weight: Array | None,
+    lse: Array | None,
+    implementation: str | None,
+    options: dict,
 ) -> dict[str, Array]:
     """The signals that come from the map itself, each with as much of the map as it needs."""
     handed = {}
@@ -307,7 +314,8 @@ def _attention_signals(
         row = attention_column_stats(query[:, :1], key, implementation=implementation, **first)
         handed["cls_attention"] = jnp.mean(row, axis=1)
     if "column_sums" in signals:
-        sums = attention_column_stats(query, key, query_weight=weight, implementation=implementation, **options)
+        given = {"query_weight": weight, "lse": lse, "implementation": implementation}
+        sums = attention_column_stats(query, key, **given, **options)
         handed["column_sums"] = jnp.mean(sums, axis=1)
     if "attention" in signals:
         handed["attention"] = attention_map(query, key, **options)

@@ -3,22 +3,27 @@
 
     python -m experiments.bench card --peer --peer-python=/path/to/python-with-torch
 
-Rows are those of the benchmarks of block-sparse attention (each length and density), of biased attention and of sparse decoding
-(their named shapes), each with `bars`: `[figure, bar, whether it is met]` of what a bar is set for, and a row for each length
-with `break_even`, the least share of blocks left out at which sparse attention is faster than dense. Rows also go to
+First come values: `errors`, the largest differences of outputs, gradients and statistics from the plain float32 form, as shares
+of what is largest there. Then rows of the benchmarks of block-sparse attention (each length and density), of biased attention
+and of sparse decoding (their named shapes), each with `bars`: `[figure, bar, whether it is met]` of what a bar is set for; and
+for each length `break_even`, the least share of blocks left out at which sparse attention is faster than dense. Rows also go to
 results/PLATFORM/attention.jsonl unless `--out` says otherwise. On a CPU, at small sizes, only the making of rows can be tried.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments.bench import biased_flash_attention, block_sparse_attention, sparse_decode_attention
 from experiments.bench.flags import floats, integers
+from pallas_kernels.biased_flash_attention import attention_column_stats, biased_attention, reference, specs
 
 # The most that sparse attention may cost: by length at a tenth of the blocks, forward, and with the backward pass; by density.
 _COST = {8192: 1.6, 16384: 1.35, 65536: 1.15}
@@ -26,6 +31,7 @@ _COST_BOTH = {16384: 1.5, 32768: 1.3}
 _COST_OF_DENSITY = {0.5: 1.12, 1.0: 1.05}
 _TENTH, _LONG = 0.1, 8192
 _BREAK_EVEN, _LISTS, _STATISTICS, _BANDWIDTH = 0.06, 0.05, 0.6, 0.8
+_ERROR = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +60,9 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
       ValueError: the peer cannot run.
     """
     options.out = options.out or f"results/{jax.default_backend()}/attention.jsonl"
+    for dtype, bar in _ERROR.items():
+        errors = _errors(options, dtype)
+        yield {"bench": "values", "dtype": dtype, "errors": errors, "bars": _bar("error", max(errors.values()), bar)}
     for length in options.length:
         found = []
         for row in _of(block_sparse_attention, options, length=length, gradients=length in _COST_BOTH):
@@ -72,6 +81,41 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for row in _of(sparse_decode_attention, options, spec=options.decode_spec):
         bars = _bar("bandwidth_share", row["bandwidth_share"], _BANDWIDTH, least=True)
         yield {"bench": "sparse_decode_attention", **row, "bars": bars}
+
+
+def _errors(options: argparse.Namespace, dtype: str) -> dict[str, float]:
+    """Largest differences from the plain form, of a length that cuts blocks short, key heads that are shared, and positions."""
+    spec = specs.Spec(2, 300, 4, 2, options.width, softmax="off_by_one", dtype=dtype, buckets=32)
+    shapes = {
+        name: (2, 300, heads, spec.width) for name, heads in (("query", 4), ("key", 2), ("value", 2), ("dout", 4))
+    }
+    drawn = zip(shapes.items(), jax.random.split(jax.random.key(0), 4), strict=True)
+    arrays = {name: jax.random.normal(key, shape).astype(dtype) for (name, shape), key in drawn}
+    dout, bias = arrays.pop("dout"), biased_flash_attention.positions(spec)
+    shared = {"causal": spec.causal, "softmax": spec.softmax}
+
+    def both(attend: Any, statistics: Any, arrays: Any, dout: Any) -> dict[str, Any]:
+        def function(arrays: Any, table: Any) -> Any:
+            return attend(**arrays, bias=dataclasses.replace(bias, table=table), **shared)
+
+        out, pull = jax.vjp(function, arrays, bias.table)
+        grads, dtable = pull(dout.astype(out.dtype))
+        sums = statistics(arrays["query"], arrays["key"], bias=bias, **shared)
+        return {"out": out, "statistics": sums, "table": dtable, **grads}
+
+    ours = [
+        functools.partial(op, implementation=options.implementation)
+        for op in (biased_attention, attention_column_stats)
+    ]
+    plain = [reference.biased_attention, reference.attention_column_stats]
+    found = jax.jit(functools.partial(both, *ours))(arrays, dout)
+    expected = jax.jit(functools.partial(both, *plain))(*jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, dout)))
+    return {name: _error(found[name], expected[name]) for name in expected}
+
+
+def _error(found: jax.Array, expected: jax.Array) -> float:
+    difference = jnp.max(jnp.abs(found.astype(jnp.float32) - expected))
+    return float(difference / jnp.maximum(jnp.max(jnp.abs(expected)), 1.0))
 
 
 def break_even(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -55,8 +55,8 @@ class Kernels:
         value: Float[Array, "B K G d"],
         settings: Settings,
         interpret: Any = False,
-    ) -> Float[Array, "B Q H d"]:
-        """Softmax in float32; products in the dtype of `query` with float32 accumulation.
+    ) -> tuple[Float[Array, "B Q H d"], Float[Array, "B H Q"]]:
+        """Outputs and log-sum-exp. Softmax in float32; products in the dtype of `query` with float32 accumulation.
 
         Raises:
           NotImplementedError: a `bias` of all pairs, values of another width than keys, or shapes that kernels cannot take.
@@ -78,12 +78,12 @@ class Kernels:
         key_bias: Array | None,
         positions: Any,
         whole: PositionBias | None = None,
-    ) -> Array:
+    ) -> tuple[Array, Array]:
         causal, softmax, scale, interpret = static
         index = self.all_blocks(query.shape[1], key.shape[1], causal)
         bias = None if whole is None else whole.joined(*positions)
         options = (key_bias, _sinks(query, softmax), bias)
-        return attend(_passes(self, interpret), causal, scale, query, key, value, index, *options)[0]
+        return attend(_passes(self, interpret), causal, scale, query, key, value, index, *options)
 
     def attention_column_stats(
         self,
@@ -92,9 +92,12 @@ class Kernels:
         settings: Settings,
         query_weight: Float[Array, "B Q"] | None,
         statistic: str,
+        lse: Float[Array, "B H Q"] | None,
         interpret: Any = False,
     ) -> Float[Array, "B H K"]:
-        """Two passes, one for the log-sum-exp of rows and one for the columns; the gradient is that of the plain form.
+        """A pass over the columns, after one for the log-sum-exp of rows where it is not given.
+
+        The gradient is that of the plain form, all of it with respect to what the log-sum-exp is made from.
 
         Raises:
           NotImplementedError: a `bias` of all pairs, or shapes that the kernels cannot take.
@@ -107,7 +110,7 @@ class Kernels:
             return _column_stats(static, *arrays, None if whole is None else whole.joined(*positions))
 
         positions, whole = _split(settings.bias, query.shape[0])
-        return partition.by_batch(stats)(query, key, settings.key_bias, query_weight, positions, whole=whole)
+        return partition.by_batch(stats)(query, key, settings.key_bias, query_weight, lse, positions, whole=whole)
 
     def all_blocks(self, queries: int, keys: int, causal: bool) -> BlockIndex:
         """The list of all blocks, or of those up to the diagonal when `causal`, in the block sizes that suit the lengths."""
@@ -146,13 +149,15 @@ def _column_stats(
     key: Array,
     key_bias: Array | None,
     query_weight: Array | None,
+    lse: Array | None,
     bias: PositionBias | None,
 ) -> Array:
     kernels, causal, softmax, scale, statistic, interpret = static
     index = kernels.all_blocks(query.shape[1], key.shape[1], causal)
     options = dict(causal=causal, scale=scale, bias=bias, interpret=interpret)
-    # The output of the first pass is not used; keys stand in for values.
-    _, lse = kernels.forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
+    if lse is None:
+        # The output of the first pass is not used; keys stand in for values.
+        _, lse = kernels.forward(query, key, key, index, key_bias, _sinks(query, softmax), **options)
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0) * LOG2E
     return kernels.columns(query, key, index, key_bias, lse, query_weight, statistic=statistic, **options)
 
@@ -163,16 +168,16 @@ def _stats_forward(static: tuple, *args: Any) -> tuple[Array, Any]:
 
 def _stats_backward(static: tuple, args: Any, cotangent: Array) -> tuple[Any, ...]:
     _, causal, softmax, scale, statistic, _ = static
-    *arrays, bias = args
+    *arrays, _, bias = args
 
     def plain(table: Array | None, query: Array, key: Array, key_bias: Array | None, weight: Array | None) -> Array:
         own = None if bias is None else dataclasses.replace(bias, table=table)
         return xla.attention_column_stats(
-            query, key, Settings(key_bias, own, causal, softmax, scale), weight, statistic
+            query, key, Settings(key_bias, own, causal, softmax, scale), weight, statistic, None
         )
 
     dtable, *grads = jax.vjp(plain, None if bias is None else bias.table, *arrays)[1](cotangent)
-    return (*grads, None if bias is None else bias.gradient(dtable))
+    return (*grads, None, None if bias is None else bias.gradient(dtable))
 
 
 _column_stats.defvjp(_stats_forward, _stats_backward)

@@ -28,17 +28,18 @@ def biased_attention(
     key: Float[Array, "B K G d"],
     value: Float[Array, "B K G e"],
     settings: Settings,
-) -> Float[Array, "B Q H e"]:
-    """Softmax in float32; products in the input dtype with float32 accumulation."""
+) -> tuple[Float[Array, "B Q H e"], Float[Array, "B H Q"]]:
+    """Outputs and log-sum-exp. Softmax in float32; products in the input dtype with float32 accumulation."""
     batch, length, heads, _ = query.shape
     stacked, keys, bias = _stack(query * settings.scale, key), _heads_first(key), settings.bias
     bias = _stack_bias(bias.dense() if isinstance(bias, PositionBias) else bias, key)
     rows = jnp.arange(length) + key.shape[1] - length if settings.causal else None
-    weights, total = _exponentials(stacked, keys, settings.key_bias, bias, settings.softmax, rows)
+    weights, total, peak = _exponentials(stacked, keys, settings.key_bias, bias, settings.softmax, rows)
     # Dividing after the product touches [S, d] numbers in place of [S, K].
     out = jnp.matmul(weights.astype(value.dtype), _heads_first(value), preferred_element_type=jnp.float32)
     out = (out / total).astype(query.dtype)
-    return _heads_first(out.reshape(batch, heads, length, value.shape[-1]))
+    lse = (peak + jnp.log(total)).reshape(batch, heads, length)
+    return _heads_first(out.reshape(batch, heads, length, value.shape[-1])), lse
 
 
 def attention_column_stats(
@@ -47,8 +48,10 @@ def attention_column_stats(
     settings: Settings,
     query_weight: Float[Array, "B Q"] | None,
     statistic: str,
+    lse: Float[Array, "B H Q"] | None,
 ) -> Float[Array, "B H K"]:
-    """Weighted column sums or maxima, `_QUERY_BLOCK` queries of the map at a time."""
+    """Weighted column sums or maxima, `_QUERY_BLOCK` queries of the map at a time; it makes the log-sum-exp as it goes."""
+    del lse
     batch, length, heads, _ = query.shape
     bias = settings.bias
     groups, columns = key.shape[2], key.shape[1]
@@ -65,7 +68,7 @@ def attention_column_stats(
     def add(sums: Array, piece: dict[str, Array]) -> tuple[Array, None]:
         stacked, own_bias = _stack(piece["query"], key), _stack_bias(_piece_bias(piece, bias), key)
         rows = piece["place"] if settings.causal else None
-        weights, total = _exponentials(stacked, keys, settings.key_bias, own_bias, settings.softmax, rows)
+        weights, total, _ = _exponentials(stacked, keys, settings.key_bias, own_bias, settings.softmax, rows)
         share = piece["weight"][:, None, None, :] / total.reshape(batch, groups, -1, block)
         weights = weights.reshape(*share.shape, columns)
         if statistic == "max":
@@ -128,8 +131,8 @@ def _exponentials(
     bias: Float[Array, "b G S K"] | None,
     softmax: str,
     rows: Array | None,
-) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S 1"]]:
-    """Attention before normalisation, and what to divide by (never 0).
+) -> tuple[Float[Array, "B G S K"], Float[Array, "B G S 1"], Float[Array, "B G S 1"]]:
+    """Attention before normalisation, what to divide by (never 0), and the peak of logits that it is relative to.
 
     `rows [Q]` is the last key that each query sees; None for all.
     """
@@ -147,11 +150,11 @@ def _exponentials(
     if softmax == "off_by_one":
         peak = jnp.maximum(peak, 0.0)
         weights = jnp.exp(logits - peak)
-        return weights, jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(-peak)
+        return weights, jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(-peak), peak
     # A row without keys has the peak -inf, and -inf - -inf would be nan. Its weights sum to 0; any other row has the peak
     # itself with weight 1, so that a floor under 1 touches no other row.
     weights = jnp.exp(logits - jnp.maximum(peak, jnp.finfo(jnp.float32).min))
-    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 0.5)
+    return weights, jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 0.5), peak
 
 
 def _heads_first(x: Array) -> Array:

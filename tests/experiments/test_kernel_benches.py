@@ -54,8 +54,8 @@ def test_a_kernel_benchmark_prints_the_promised_keys(name, monkeypatch, capsys):
 
 def test_biased_attention_is_timed_with_the_positions_of_its_shape(monkeypatch):
     spec = biased_specs.Spec(2, 24, 4, 2, 8, dtype="float32", buckets=8)
-    assert biased._positions(biased_specs.Spec(2, 24, 4, 2, 8)) is None
-    bias = biased._positions(spec)
+    assert biased.positions(biased_specs.Spec(2, 24, 4, 2, 8)) is None
+    bias = biased.positions(spec)
     assert bias.shape == (2, 4, 24, 24) and bias.table.shape == (8, 4)
     # In order and with gaps.
     steps = np.diff(np.asarray(bias.query_positions), axis=1)
@@ -68,4 +68,4 @@ def test_biased_attention_is_timed_with_the_positions_of_its_shape(monkeypatch):
         )
     monkeypatch.setattr(biased_specs, "NAMED", {"positions": spec})
     assert bench.main(["biased_flash_attention", "--spec=positions", "--repeats=1"]) == 0
-    assert len(given) == 3 and all(isinstance(one, PositionBias) for one in given)
+    assert len(given) == 4 and all(isinstance(one, PositionBias) for one in given)

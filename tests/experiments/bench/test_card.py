@@ -27,6 +27,7 @@ def _peer(folder):
 def test_one_command_prints_every_figure_beside_its_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(biased_specs, "NAMED", {"small": biased_specs.Spec(2, 24, 2, 2, 8, dtype="float32", buckets=8)})
     monkeypatch.setattr(decode_specs, "NAMED", {"small": decode_specs.Spec(2, 4, 2, 8, 6, 8, 3, "float32")})
+    monkeypatch.setattr(card, "_ERROR", {"bfloat16": 2e-2})
     monkeypatch.setattr(card, "_LONG", 128)
     sizes = ["--length=128", "--density=0.125", "--heads=2", "--width=8", "--block=16", "--dtype=float32"]
     out = tmp_path / "rows.jsonl"
@@ -34,7 +35,10 @@ def test_one_command_prints_every_figure_beside_its_bar(tmp_path, monkeypatch, c
     assert bench.main(["card", *flags]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [json.loads(line) for line in out.read_text().splitlines()]
-    sparse, even, biased, decoding = rows
+    values, sparse, even, biased, decoding = rows
+    assert set(values["errors"]) == {"out", "statistics", "query", "key", "value", "table"}
+    assert values["bars"]["error"] == [max(values["errors"].values()), 2e-2, True]
+    assert max(values["errors"].values()) > 1e-4
     assert sparse["density"] == 0.125 and sparse["sparse_cost_best"] >= sparse["sparse_cost"] > 0
     assert sparse["bars"] == {
         "overhead": [sparse["overhead"], 0.05, sparse["overhead"] <= 0.05],

@@ -125,7 +125,18 @@ def test_column_statistics_equal_the_reference(implementation, statistic, causal
     arrays = {name: inputs[name] for name in ("query", "key", "key_bias", "query_weight")}
     arrays["bias"] = PositionBias(_table(12), *_positions(), True, 2000) if by_positions else None
     run = functools.partial(attention_column_stats, implementation=implementation, **options)
-    stats = jax.jit(run, compiler_options=QUICK)(**arrays)
+
+    def both(query, key, query_weight, **rest):
+        # The pass over rows is that of attention.
+        lse = biased_attention(
+            query, key, key, causal=causal, softmax=softmax, return_lse=True, implementation=implementation, **rest
+        )[1]
+        return run(query, key, query_weight=query_weight, **rest), run(
+            query, key, query_weight=query_weight, lse=lse, **rest
+        )
+
+    stats, given = jax.jit(both, compiler_options=QUICK)(**arrays)
+    np.testing.assert_array_equal(stats, given)
     np.testing.assert_allclose(stats, reference.attention_column_stats(**arrays, **options), **EXACT)
     # The removed keys receive nothing, and the others something.
     assert np.array_equal(np.any(np.asarray(stats) > 0, axis=1), np.isfinite(inputs["key_bias"]))
@@ -155,7 +166,7 @@ def test_the_gradient_of_the_statistics_is_that_of_the_plain_form(kernels):
     cotangent = np.random.default_rng(0).normal(size=(1, H, 40)).astype(np.float32)
     static = (kernels, True, "standard", 0.3, "sum", False)
     bias = PositionBias(_table(), *(positions[:1, :40] for positions in _positions()))
-    *grads, _, _, by_position = over_blocks._stats_backward(static, (*arrays, None, None, bias), cotangent)
+    *grads, _, _, _, by_position = over_blocks._stats_backward(static, (*arrays, None, None, None, bias), cotangent)
 
     def plain(query, key, table):
         own = dataclasses.replace(bias, table=table)

@@ -94,7 +94,7 @@ def test_lists_without_masks_are_taken_as_they_are():
         (128, 128, 128, "bfloat16", (128, 128)),
         (512, 512, 256, "float16", (128, 64)),
         (96, 320, 64, "bfloat16", (32, 64)),
-        (128, 128, 64, "float32", (64, 32)),
+        (128, 128, 64, "float32", (64, 16)),
     ],
 )
 def test_tiles_divide_blocks_and_follow_width_and_dtype(block_q, block_k, width, dtype, tiles):

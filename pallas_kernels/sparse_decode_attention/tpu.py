@@ -162,17 +162,13 @@ def _kernel(pages_ref, lengths_ref, query_ref, peak_ref, total_ref, *refs, lists
                 keys, values = key_buffers[buffer], value_buffers[buffer]
                 _clear_end(values, live, lists)
 
-                def attend(state):
+                def attend(start, state):
+                    # The buffer of the block before this one is free.
+                    start((buffer + _BUFFERS - 1) % _BUFFERS)
                     return _attend(state, query_ref[0, g], keys[...], values[...], bias, live, scale)
 
-                # The buffer of the block before this one is free.
-                free = (buffer + _BUFFERS - 1) % _BUFFERS
-                return jax.lax.cond(
-                    copies.whole(),
-                    lambda state: (copies.start_whole(free), attend(state))[1],
-                    lambda state: (copies.start(free), attend(state))[1],
-                    state,
-                )
+                beside, before = (functools.partial(attend, start) for start in (copies.start_whole, copies.start))
+                return jax.lax.cond(copies.whole(), beside, before, state)
 
             own = turn[0]
             turn[0] = jnp.where(own == _BUFFERS - 1, 0, own + 1)

@@ -17,7 +17,7 @@ from flax.core import meta
 from adaptive import flops
 from adaptive.width import dynamic, moefication
 from experiments.tasks.classification import Classification
-from layers.experts import DynamicParts, ExpertParts, ExpertRouter, WidthRouter
+from layers.experts import ExpertRouter, WidthRouter
 from layers.parts import MLP, Parts, captured
 
 _ROUTERS = (ExpertRouter, WidthRouter)
@@ -131,8 +131,3 @@ def with_routers(params: Any, task: Grouped, key: Any, batch: Any) -> Any:
 
 def _unboxed(task: Any, key: Any, batch: Any) -> Any:
     return meta.unbox(task.init(key, batch))["params"]
-
-
-def grouped(model: Any, parts: ExpertParts | DynamicParts, *, task: type = Grouped, **options: Any) -> Any:
-    """A task on `model` with grouped feed-forward layers."""
-    return task(model.clone(parts=parts), **options)

@@ -46,9 +46,8 @@ def ragged_prefix_mlp(
         return jnp.zeros((0, down.shape[1]), rows.dtype)
     if places is None:
         places = (jnp.arange(rows.shape[0], dtype=jnp.int32),) * 2
-    if base is None:
-        base = jnp.zeros((rows.shape[0], down.shape[1]), rows.dtype)
-    return _staircase(activation, rows, *places, counts, up, bias, down, base)
+    start = jnp.zeros((rows.shape[0], down.shape[1]), rows.dtype) if base is None else base
+    return _staircase(activation, base is not None, rows, *places, counts, up, bias, down, start)
 
 
 def _runs(length: int, counts: Array) -> list[tuple[int, int, Array, Array]]:
@@ -86,31 +85,33 @@ def _tile_of(activation: str, counts: Array, weights: list, start: Array, tile: 
     return total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _staircase(activation, rows, order, inverse, counts, up, bias, down, base):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _staircase(activation, adds, rows, order, inverse, counts, up, bias, down, out):
+    """The sum, in the rows of `out` that need a unit: added to what is there with `adds`, else in its place."""
     del inverse
     weights = _split(counts.shape[0], up, bias, down)
-    out = base
     for units, tile, first, number in _runs(rows.shape[0], counts):
 
         def step(index, out, own=weights[:units], tile=tile, first=first):
             start = first + index * tile
             places = jax.lax.dynamic_slice_in_dim(order, start, tile)
             value = _tile_of(activation, counts, own, start, rows.at[places].get(**_EACH_ONCE))
-            value += out.at[places].get(**_EACH_ONCE)
+            if adds:
+                value += out.at[places].get(**_EACH_ONCE)
             return out.at[places].set(value.astype(out.dtype), **_EACH_ONCE)
 
         out = jax.lax.fori_loop(0, number, step, out)
     return out
 
 
-def _staircase_forward(activation, rows, order, inverse, counts, up, bias, down, base):
+def _staircase_forward(activation, adds, rows, order, inverse, counts, up, bias, down, out):
     saved = (rows, order, inverse, counts, up, bias, down)
-    return _staircase(activation, *saved, base), saved
+    return _staircase(activation, adds, *saved, out), saved
 
 
-def _staircase_backward(activation, saved, moved):
+def _staircase_backward(activation, adds, saved, moved):
     """The same loops over sorted copies, computing each tile again."""
+    del adds  # Without it nothing asks for the gradient of the zeros that the sum is put over.
     rows, order, inverse, counts, up, bias, down = saved
     rows, sorted_moved = _needed(permute(rows, order, inverse), counts), permute(moved, order, inverse)
     weights = _split(counts.shape[0], up, bias, down)

@@ -99,6 +99,11 @@ class Runs:
         """The dense module."""
         return tasks.build(self.base[0]).model
 
+    @functools.cached_property
+    def images(self) -> data.Dataset:
+        """The test images, the same for all rows: what a data set keeps of them is made once."""
+        return data.build(self.base[0].data, split="test", batch_size=EVALUATION_BATCH, seed=0)
+
     def space(self, budget: float, **options: Any) -> Space:
         """Schedules within a share of the dense multiply-adds."""
         cost = cost_of(self.model.spec())
@@ -204,12 +209,11 @@ class Runs:
         overrides = {**setup.overrides, "batch_size": EVALUATION_BATCH}
         changed = apply_overrides(config.copy_and_resolve_references(), overrides)
         task = tasks.build(changed)
-        dataset = data.build(changed.data, split="test", batch_size=EVALUATION_BATCH, seed=0)
-        program = train.build_program(changed, task, dataset.spec)
+        program = train.build_program(changed, task, self.images.spec)
         whole, repeats = kind == "whole", self.context.settings["repeats"]
         batches = 0 if whole else self.context.settings["batches"]
         sizes = dict(batches=batches or None, speed=bool(repeats) and not whole, repeats=repeats)
-        found = assess(program, task, result.state.params, {}, dataset, **sizes)
+        found = assess(program, task, result.state.params, {}, self.images, **sizes)
         counts = setup.counts or (self.model.num_tokens,) * self.model.depth
         return {
             "group": f"{self.name}/{kind}/{setup.name}-{setup.budget:g}",

@@ -239,7 +239,7 @@ def _key_kernel(
     zeros = jnp.zeros(own["key"].shape, jnp.float32)
     # A sum that nobody asks for would cost registers all the same.
     state = (zeros, zeros, *(jnp.zeros((plan.own,), jnp.float32) for _ in dbias_ref))
-    dkey, dvalue, *dbias = member(0, state) if share == 1 else jax.lax.fori_loop(0, share, member, state)
+    dkey, dvalue, *dbias = member(jnp.int32(0), state) if share == 1 else jax.lax.fori_loop(0, share, member, state)
     first.put(dkey_ref, dkey * scale)
     first.put(dvalue_ref, dvalue)
     for ref, total in zip(dbias_ref, dbias, strict=True):

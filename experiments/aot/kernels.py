@@ -38,6 +38,7 @@ _Array = jax.ShapeDtypeStruct
 GPU_NAMES = (
     "attention_column_stats",
     "bipartite_match",
+    "block_sparse_attention_bucket_sums",
     "block_sparse_attention_forward",
     "block_sparse_attention_key_gradients",
     "block_sparse_attention_query_gradient",

@@ -18,7 +18,8 @@ def keep_freed_pages() -> bool:
     XLA's CPU client takes results and temporaries from malloc in every call. glibc maps large ones afresh, and gives back what
     a thread other than the first frees, so that each call meets thousands of new pages, which the kernel has to clear: up to
     a quarter of a training step. All threads share one pool of memory instead, which grows to what the program needs at most
-    and stays so. Call it before the first computation.
+    and stays so. What it costs: threads that compile wait for each other's allocations, half as long again on four of them.
+    Call it before the first computation.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

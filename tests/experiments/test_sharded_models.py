@@ -15,6 +15,8 @@ import pytest
 from tests.experiments.sharded_models import CASES
 
 ROOT = pathlib.Path(__file__).parents[2]
+# All programs of all cases are compiled for eight devices before the first test.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 # Adaptive case -> the dense one that it is compared with.
 TWINS = {
     "vit-tome": "vit",
@@ -36,7 +38,7 @@ PREDICTOR = 32 * 16
 def runs():
     script = pathlib.Path(__file__).with_name("sharded_models.py")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=500)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=1400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -36,6 +36,7 @@ SETTINGS = dict(
 )
 
 
+@pytest.mark.long
 def test_it_makes_tables_plots_and_pictures_and_continues(tmp_path):
     results = epath.Path(tmp_path) / "results"
     context = Context("acm", "test", SETTINGS, results, epath.Path(tmp_path) / "runs", lambda text: None)

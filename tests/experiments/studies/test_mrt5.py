@@ -94,6 +94,7 @@ def test_languages_without_a_folder_say_so(tmp_path):
     assert "--data text=FOLDER" in (context.results / "languages_summary.md").read_text()
 
 
+@pytest.mark.long
 def test_languages_of_a_folder_make_a_table_and_a_plot(tmp_path):
     (tmp_path / "text").mkdir()
     folder = tiny_data.write_languages(tmp_path / "text")
@@ -110,6 +111,7 @@ def test_languages_of_a_folder_make_a_table_and_a_plot(tmp_path):
     assert (context.results / "languages.png").exists()
 
 
+@pytest.mark.long
 def test_tasks_make_tables_beside_the_papers(tmp_path):
     spelling = {**TINY, "data.inputs_length": 24, "data.targets_length": 24, "data.max_bytes": 200_000}
     task = dict(config="mrt5/characters.py", arg="task=spelling_correction", rate=0.5, base=spelling, tune={**spelling})

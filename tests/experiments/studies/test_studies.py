@@ -70,7 +70,7 @@ PICTURES = {"tome": "patches", "mrt5": "bytes", "diffrate": "digits_regions"}
 TABLES = {"tome": ("table", "trade_off"), "mrt5": ("table", "trade_off"), "diffrate": ("digits_plain", "digits_plain")}
 
 
-@pytest.mark.parametrize("name", ["tome", "mrt5", "diffrate"])
+@pytest.mark.parametrize("name", ["tome", pytest.param("mrt5", marks=pytest.mark.long), "diffrate"])
 def test_a_study_makes_tables_plots_and_pictures_and_continues(name, tmp_path, monkeypatch):
     monkeypatch.setattr(tome, "METHODS", ("tome", "random"))
     for part in (mrt5.trade_off, mrt5.deletions):

@@ -131,7 +131,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dense", default="", help="a run of the dense model, to start from")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
     options = parser.parse_args(argv)
-    keep_freed_pages()
     root = epath.Path(options.workdir)
 
     def run(name: str, config: ConfigDict, **given: Any) -> TrainResult:
@@ -155,4 +154,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     sys.exit(main())

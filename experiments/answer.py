@@ -133,7 +133,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
     parser.add_argument("--answers", default="", help="also write every answer to this JSON lines file")
     options = parser.parse_args(argv)
-    keep_freed_pages()
     try:
         records = answer(
             options.workdir,
@@ -155,4 +154,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     sys.exit(main())

@@ -156,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config")
     parser.add_argument("--no-speed", action="store_true", help="leave out the timing")
     options = parser.parse_args(argv)
-    keep_freed_pages()
     step = int(options.step) if options.step.isdigit() else options.step or None
     try:
         row = evaluate(
@@ -178,4 +177,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     sys.exit(main())

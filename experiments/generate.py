@@ -256,7 +256,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Reads the arguments, generates, prints; returns the exit code."""
     options = _parser().parse_args(argv)
-    keep_freed_pages()
     try:
         texts = [text.encode("utf-8", errors="surrogateescape") for text in options.text]
         texts += [sys.stdin.buffer.read() if name == "-" else epath.Path(name).read_bytes() for name in options.file]
@@ -284,4 +283,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     sys.exit(main())

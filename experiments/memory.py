@@ -19,7 +19,7 @@ def keep_freed_pages() -> bool:
     a thread other than the first frees, so that each call meets thousands of new pages, which the kernel has to clear: up to
     a quarter of a training step. All threads share one pool of memory instead, which grows to what the program needs at most
     and stays so. What it costs: threads that compile wait for each other's allocations, half as long again on four of them.
-    Call it before the first computation.
+    It is for the start of a process, before the first computation: other code in the same process is concerned as well.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -59,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := sorted(name for name, folder in folders.items() if name not in DATA or not folder):
         parser.error(f"--data takes NAME=FOLDER with NAME one of {', '.join(DATA)}; got {', '.join(unknown)}")
     quiet_logs()
-    keep_freed_pages()
     # Runs of a study differ in seeds and rates, not in their programs, and most of a short run's time is compilation.
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(options.runs) / "compiled"))
     started = time.time()
@@ -86,4 +85,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     sys.exit(main())

@@ -243,7 +243,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pruned", type=float, default=0.5, help="share of the removed tokens that is pruned")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    keep_freed_pages()
     directory = epath.Path(options.workdir)
     try:
         found = _search(directory, options)
@@ -291,4 +290,5 @@ def _search(directory: epath.Path, options: argparse.Namespace) -> dict[str, Any
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     sys.exit(main())

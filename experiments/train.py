@@ -494,13 +494,13 @@ def _main(argv: list[str]) -> None:
     if missing:
         raise app.UsageError(f"--{' and --'.join(missing)} must be given; see the examples above.", exitcode=2)
     quiet_logs()
-    keep_freed_pages()
     if values.distributed:
         jax.distributed.initialize()
     sys.exit(run(config, values.workdir, overwrite=values.overwrite))
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     config_lib.define_flag()
     flags.DEFINE_string("workdir", None, "Directory of the run; local or gs://. A run that is there is resumed.")
     flags.DEFINE_bool("overwrite", False, "Remove the run that is in --workdir, and start anew.")

@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not options.name:
         parser.error(f"name a benchmark: {', '.join(BENCHES)}; or --list")
-    keep_freed_pages()
     facts = {"versions": {k: v for k, v in versions().items() if k in ("python", "jax", "jaxlib")}}
     facts |= {"threads": measure.threads(), "revision": git_revision()}
     try:
@@ -70,4 +69,5 @@ def _print_rows(options: argparse.Namespace, facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_pages()
     sys.exit(main())

@@ -61,6 +61,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[p for name in PACKAGES for p in (name, f"{name}.*")]),
+    package_data={"experiments.data": ["books/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

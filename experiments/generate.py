@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continues a text with the checkpoint of a run, greedily or by sampling.
 
-    python -m experiments.generate --workdir=runs/mrt5 --text="import "
+    python -m experiments.generate --workdir=runs/mrt5 --text="It was "
     python -m experiments.generate --workdir=runs/mrt5 --text="def f(" --text="class A" --temperature=0.8 --top-p=0.9 --seed=1
     python -m experiments.generate --workdir=runs/mrt5 --file=notes.txt --max-length=64 --show-deleted
     cat notes.txt | python -m experiments.generate --workdir=runs/mrt5 --file=- --deletion=none --json
@@ -140,7 +140,7 @@ def _continued(
     ids, mask = _padded(rows, 0), _padded([np.ones_like(row) for row in rows], 0) > 0
     params, found = _restored(directory, config, task, {task.reads: task.length}, step)
     length = task.length if max_length is None else max_length
-    sampling = {**sampling, "max_length": length, "eos_id": vocabulary.eos_id}
+    sampling = {**sampling, "max_length": length, "eos_id": vocabulary.eos_id, "vocab_size": vocabulary.size}
     output = generate_lm(
         task.decoder,
         {"params": params},

@@ -47,10 +47,10 @@ class Seq2SeqRecipe:
     subsections = ("deletion",)
 
     def default(self) -> ConfigDict:
-        """Span corruption of 1,024 bytes of Python's standard library."""
+        """Span corruption of 1,024 bytes of two novels."""
         config = config_lib.base_config()
         config.task = self.task
-        config.data = data.resolve(dict(source="text", text="stdlib", objective="span_corruption"))
+        config.data = data.resolve(dict(source="text", text="books", objective="span_corruption"))
         config.optimizer.name = "adafactor"
         config.eval.batches = 20
         return config
@@ -100,10 +100,10 @@ class LanguageModellingRecipe:
     subsections = ("losses", "exit_losses", "skip", "skip_training")
 
     def default(self) -> ConfigDict:
-        """Prediction of each of 256 bytes of Python's standard library."""
+        """Prediction of each of 256 bytes of two novels."""
         config = config_lib.base_config()
         config.task = self.task
-        config.data = data.resolve(dict(source="text", text="stdlib", objective="next_token"))
+        config.data = data.resolve(dict(source="text", text="books", objective="next_token"))
         config.optimizer.name = "adamw"
         config.eval.batches = 20
         return config

@@ -15,7 +15,7 @@ Known are ByT5, T5 1.1, mT5 and MrT5 (task seq2seq), Llama and Qwen2 (language_m
 
 The run has a config and a checkpoint at step 0. The model comes from the directory, with what `--set model.KEY=VALUE` changes;
 all else, such as data and optimiser, comes from `--config`, or is a default that needs no data: span corruption of 1,024 bytes
-of Python's own standard library (for a decoder alone the prediction of each of 256, or of so many ids of the directory's
+of two novels (for a decoder alone the prediction of each of 256, or of so many ids of the directory's
 tokenizer.json), or handwritten digits. What a directory
 has no parameters for, such as a gate, a reduction that is learned or a classifier of other classes, starts anew. Images are
 normalised as preprocessor_config.json says. `experiments.export_hf` is the way back.

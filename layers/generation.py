@@ -92,6 +92,7 @@ def generate_with_cache(
     pad_id: int = 0,
     key: Array | None = None,
     min_length: int = 0,
+    vocab_size: int = 0,
 ) -> tuple[Generation, Any]:
     """Decodes from `first_ids` until every row has ended, in one `lax.while_loop`.
 
@@ -108,6 +109,7 @@ def generate_with_cache(
       eos_id: ends a row, and is its last token; pad_id: what finished rows emit.
       key: PRNG key for sampling, or keys `[B]`, one a row.
       min_length: tokens before the end of sequence that a row must have; until then `eos_id` cannot be chosen.
+      vocab_size: ids that mean something, from 0 on: no other is chosen; 0 for all V, which many models round up.
 
     Returns:
       `(generation, cache)`: the cache as the last step left it, so that a caller can donate it.
@@ -115,11 +117,13 @@ def generate_with_cache(
     Raises:
       ValueError: a value outside its range, or sampling without a key.
     """
-    _check_sampling(max_length, temperature, top_k, top_p, min_length, key)
+    _check_sampling(max_length, temperature, top_k, top_p, min_length, vocab_size, key)
     rows = first_ids.shape[0]
     keys = None if temperature == 0 else _row_keys(key, rows)
 
     def choose(logits: Float[Array, "B V"], position: Int[Array, ""]) -> Int[Array, " B"]:
+        if vocab_size:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         if min_length:
             early = (jnp.arange(logits.shape[-1]) == eos_id) & (position < min_length)
             logits = jnp.where(early, -jnp.inf, logits)
@@ -313,12 +317,20 @@ def pack(encoded: Encoded, reduction: Reduction) -> Encoded:
 
 
 def _check_sampling(
-    max_length: int, temperature: float, top_k: int, top_p: float, min_length: int, key: Array | None
+    max_length: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_length: int,
+    vocab_size: int,
+    key: Array | None,
 ) -> None:
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1 token; got {max_length}")
     if not 0 <= min_length <= max_length:
         raise ValueError(f"min_length must lie in 0..{max_length} (max_length); got {min_length}")
+    if vocab_size < 0:
+        raise ValueError(f"vocab_size must be 0 (all ids of the table) or positive; got {vocab_size}")
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or positive and finite; got {temperature}")
     if top_k < 0:

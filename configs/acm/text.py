@@ -5,7 +5,7 @@
     python -m experiments.acm --config=configs/acm/text.py:target=0.25,path=BOOKS --workdir=runs/acm_books
     python -m experiments.train --config=configs/acm/text.py:runlocal --workdir=runs/try
 
-The text is the running Python's own standard library unless `path` names text files. The paper's second domain is speech; bytes
+The text is two embedded novels unless `path` names text files. The paper's second domain is speech; bytes
 are this project's own.
 """
 
@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             ),
         )
     )
-    text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
+    text = dict(text="files", path=given.path) if given.path else dict(text="books")
     config.data = resolve(dict(source="text", objective="next_token", length=64, **text))
     config.steps = 300
     config.batch_size = 16

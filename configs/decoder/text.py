@@ -9,9 +9,9 @@
     python -m experiments.train --config=configs/decoder/text.py:window=64 --workdir=runs/sink_window
     python -m experiments.train --config=configs/decoder/text.py:tokenizer=tokenizer.json --workdir=runs/subwords
     python -m experiments.train --config=configs/decoder/text.py:runlocal --workdir=runs/try
-    python -m experiments.generate --workdir=runs/decoder --text="import "
+    python -m experiments.generate --workdir=runs/decoder --text="It was "
 
-The text is the running Python's own standard library unless `path` names text files. No paper has this model: it is what
+The text is two embedded novels unless `path` names text files. No paper has this model: it is what
 learns to spell within minutes on two CPU cores. With `share` every other block is a routed one of Mixture-of-Depths, that runs
 for this share of the tokens; with `skip` later tokens run in fewer layers, `depth / skip` on average (SkipDecode);
 `exit_losses` trains every layer to predict ("rising"), or also a classifier that says where a token may stop ("classifier"),
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if given.window:
         config.model.reads = dict(window=given.window, sinks=4, page=16)
-    text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
+    text = dict(text="files", path=given.path) if given.path else dict(text="books")
     if given.tokenizer:
         text |= dict(objective="next_subword", tokenizer=given.tokenizer)
     config.data = resolve(dict(source="text", length=128, **{"objective": "next_token", **text}))

@@ -5,7 +5,7 @@
     python -m experiments.train --config=configs/duo/bytes.py:path=BOOKS --workdir=runs/duo_books
     python -m experiments.train --config=configs/duo/bytes.py:runlocal --workdir=runs/try
 
-The text is the running Python's own standard library unless `path` names text files. Routers go on from a trained model
+The text is two embedded novels unless `path` names text files. Routers go on from a trained model
 (`stage=router,budget=0.5`), which `python -m experiments.reproduce --only=duo` does. The paper's ratio of 16 between the
 widths of the modules at a small scale: 6 layers of width 64 on 128 bytes, some minutes on two CPU cores. The first stage also
 skips a fifth of the modules, so that paths with skips are valid as well.
@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             duo=duo_section(stage=given.stage, budget=given.budget, shares=(0.2, 0.4, 0.4)),
         )
     )
-    text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
+    text = dict(text="files", path=given.path) if given.path else dict(text="books")
     config.data = resolve(dict(source="text", objective="next_byte", context=1, targets_length=128, **text))
     config.steps = 1_500
     config.batch_size = 16

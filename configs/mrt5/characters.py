@@ -6,7 +6,7 @@
     python -m experiments.train --config=configs/mrt5/characters.py:path=BOOKS,gate=mrt5 --workdir=runs/books
     python -m experiments.train --config=configs/mrt5/characters.py:gate=mrt5,runlocal --workdir=runs/try
 
-The text is the running Python's own standard library unless `path` names text files, in any language. `gate` is a registered
+The text is two embedded novels unless `path` names text files, in any language. `gate` is a registered
 deletion method, or empty for the dense model; `rate` is the share of bytes to delete (the paper's runs: 0.5 for spelling, 0.7
 for word search). Accuracies are reported apart for errors that need the context and those that do not, and for words that were
 held out of training and words that share a letter with another. Kallini et al. 2025 fine-tune ByT5-small, continued, on the
@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             deletion=deletion_section(target=given.rate, kp=0.05, ki=1e-4),
         )
     )
-    text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
+    text = dict(text="files", path=given.path) if given.path else dict(text="books")
     config.data = resolve(dict(source="characters", characters=given.task, **text))
     config.steps = 10_000
     config.batch_size = 64

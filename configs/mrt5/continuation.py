@@ -6,7 +6,7 @@
     python -m experiments.train --config=configs/mrt5/continuation.py:gate=mrt5,runlocal --workdir=runs/try
     python -m experiments.train --config=configs/mrt5/continuation.py:chunker=boundary_predictor,rate=0.7 --workdir=runs/bp
 
-The text is the running Python's own standard library unless `path` names text files. `gate` is a registered deletion method,
+The text is two embedded novels unless `path` names text files. `gate` is a registered deletion method,
 or empty for the dense model; `rate` is the share of bytes to delete. `chunker` instead groups bytes; one that can be told how
 many chunks to make leaves `1 - rate` of them a byte. Nothing in the paper has this form: it is what a model of a third of a
 million parameters learns from its encoder within minutes on two CPU cores, where span corruption takes far longer. Dense, 2,000
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             deletion=deletion_section(target=given.rate, kp=0.05, ki=1e-4),
         )
     )
-    text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
+    text = dict(text="files", path=given.path) if given.path else dict(text="books")
     config.data = resolve(dict(source="text", objective="next_byte", context=48, targets_length=16, **text))
     config.steps = 2_000
     config.batch_size = 64

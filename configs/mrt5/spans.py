@@ -7,7 +7,7 @@
     python -m experiments.train --config=configs/mrt5/spans.py:chunker=boundary_predictor,rate=0.7 --workdir=runs/bp
     python -m experiments.train --config=configs/mrt5/spans.py:gate=mrt5,path=BOOKS --workdir=runs/books
 
-The text is the running Python's own standard library unless `path` names text files. `gate` is a registered deletion method,
+The text is two embedded novels unless `path` names text files. `gate` is a registered deletion method,
 or empty for the dense model; `rate` is the share of bytes to delete. `chunker` instead groups bytes; one that can be
 told how many chunks to make leaves `1 - rate` of them a byte. A reduced-scale form of the paper's continued pre-training
 (Kallini et al. 2025, figure 2: ByT5-small scale, 1,024 bytes): 6+2 layers of width 96 on 128 bytes, some minutes on two CPU
@@ -50,7 +50,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             deletion=deletion_section(target=given.rate, kp=0.5, ki=1e-4),
         )
     )
-    text = dict(text="files", path=given.path) if given.path else dict(text="stdlib")
+    text = dict(text="files", path=given.path) if given.path else dict(text="books")
     config.data = resolve(dict(source="text", objective="span_corruption", inputs_length=128, **text))
     config.steps = 2_000
     config.batch_size = 16

@@ -253,6 +253,8 @@ def _text(config: ml_collections.ConfigDict, split: str) -> Source:
 
 def _read_text(config: ml_collections.ConfigDict, split: str) -> np.ndarray:
     """Returns the bytes of a split of a text in one piece."""
+    if config.text == "books":
+        return text.from_books(split=split, valid_fraction=config.valid_fraction, max_bytes=config.max_bytes)
     if config.text == "stdlib":
         return text.from_stdlib(split=split, valid_fraction=config.valid_fraction, max_bytes=config.max_bytes)
     if config.text == "files":

@@ -2,7 +2,7 @@
 """Subword vocabularies: text as the ids of a `tokenizer.json`, which the package `tokenizers` reads and trains.
 
     python -m experiments.data.subword --path=BOOKS --size=4096 --out=books.json
-    python -m experiments.data.subword --size=2048 --out=stdlib.json        # Python's own standard library
+    python -m experiments.data.subword --size=2048 --out=novels.json        # the two embedded novels
 
 Such a file lies in the directories of most checkpoints (Llama, Qwen2). Training on ids is exact in bytes all the same: of each
 id is known how many bytes of the text it stands for, so that losses are reported in bits per byte and compare with byte models.
@@ -152,14 +152,14 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--path", default="", help="text file, folder or glob (default: Python's standard library)")
+    parser.add_argument("--path", default="", help="text file, folder or glob (default: two embedded novels)")
     parser.add_argument("--size", type=int, default=4096, help="ids, the end of a text included (default %(default)s)")
     parser.add_argument("--max-bytes", type=int, default=0, help="of text to learn from; 0 for all (default)")
     parser.add_argument("--out", required=True, help="file to write, usually tokenizer.json")
     options = parser.parse_args(argv)
     limits = dict(split="train", max_bytes=options.max_bytes)
     try:
-        data = text.from_files(options.path, **limits) if options.path else text.from_stdlib(**limits)
+        data = text.from_files(options.path, **limits) if options.path else text.from_books(**limits)
         epath.Path(options.out).expanduser().write_text(train(data, options.size))
         found, sizes = Subword(options.out).encode_corpus(data[: 1 << 20])
     except (ImportError, ValueError, OSError) as error:

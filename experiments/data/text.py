@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of text as bytes: local files, TFDS text fields, and the standard library of the running Python.
+"""Sources of text as bytes: embedded books, local files, TFDS text fields, and the standard library of the running Python.
 
 A source is one uint8 array, and an example is a window of it, so access is random and a window costs one copy. Nothing
 is ever decoded: bytes that are no valid text are data like any other.
@@ -22,6 +22,10 @@ from etils import epath
 from experiments.data import byte_vocab, tfds_source
 from experiments.data.splits import check_fraction, check_split, relative_name, split_of, walk
 
+_BOOKS = tuple(
+    str(epath.resource_path("experiments") / "data" / "books" / name)
+    for name in ("moby_dick.txt.gz", "sherlock_holmes.txt.gz")
+)
 _SEPARATOR = b"\n"  # between documents, so that the last word of one and the first of the next stay apart
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
 
@@ -175,6 +179,23 @@ def from_files(
     if valid_path and test_path:  # nothing to hold out: all of `path` is for training
         return concatenate(documents, what=what)
     return concatenate((_portion(document, split, valid_fraction) for document in documents), what=what)
+
+
+# -- The embedded books -----------------------------------------------------------------------------------------------
+
+
+def from_books(*, split: str, valid_fraction: float = 0.05, max_bytes: int = 0) -> np.ndarray:
+    """Returns the bytes of two novels, 1.8 MB of English that come with the package, as uint8 `[bytes]`.
+
+    Args:
+      split: `"train"`, `"valid"` or `"test"`; the end of each novel is held out.
+      valid_fraction: share of each that is held out for validation, and again for the test.
+      max_bytes: reads at most this much, Moby-Dick first; 0 for no limit.
+
+    Raises:
+      ValueError: unknown split.
+    """
+    return from_files(_BOOKS, split=split, valid_fraction=valid_fraction, max_bytes=max_bytes)
 
 
 # -- TFDS -------------------------------------------------------------------------------------------------------------

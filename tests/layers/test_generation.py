@@ -150,6 +150,15 @@ def test_no_row_ends_before_the_minimum():
     assert run([2], ends, max_length=4, min_length=4).lengths == [4]
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 2.0, "top_k": 7, "key": jax.random.key(0)}], ids=["greedy", "sampled"]
+)
+def test_ids_that_mean_nothing_are_never_chosen(how):
+    tables = np.broadcast_to(np.arange(8.0), (8, 8))
+    out = run([2, 3], tables, max_length=20, vocab_size=5, **how)
+    assert out.tokens.max() == 4 and (how or out.tokens.min() == 4)
+
+
 def test_the_first_ids_are_at_position_zero_and_the_cache_moves_on():
     def step(cache, token_ids, position):
         # The next token is the sum of all that the step was given.
@@ -241,6 +250,7 @@ def test_the_step_is_traced_as_often_for_many_tokens_as_for_one():
         ({"max_length": 0}, "max_length must be at least 1 token; got 0"),
         ({"min_length": 4}, r"min_length must lie in 0\.\.3 \(max_length\); got 4"),
         ({"min_length": -1}, r"min_length must lie in 0\.\.3 \(max_length\); got -1"),
+        ({"vocab_size": -1}, r"vocab_size must be 0 \(all ids of the table\) or positive; got -1"),
         ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or positive and finite; got -0.1"),
         ({"temperature": float("inf")}, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature must be 0"),

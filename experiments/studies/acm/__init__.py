@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.studies.acm import images, text
-from experiments.studies.study import Context
+from experiments.studies.study import LONG_TEXT, Context
 
 # The dense model is near the end of its training: otherwise methods that train its blocks on gain from that alone.
 _SHORT = {"dense_steps": 5_000, "distill_steps": 250, "gate_steps": 50}
@@ -38,7 +38,12 @@ _TEXT = {
     # 65,536 bytes; a head of 384 numbers after every layer makes early exits slow to evaluate.
     "evaluated": 8,
     # Learners of gated feed-forward layers start at random: they need more of distillation than those cut from dense ones.
-    "overrides": {"steps": 400, "model.acm.phases.dense_steps": 1_500, "model.acm.phases.distill_steps": 800},
+    "overrides": {
+        "steps": 400,
+        "model.acm.phases.dense_steps": 1_500,
+        "model.acm.phases.distill_steps": 800,
+        **LONG_TEXT,
+    },
     "targets": (0.8, 0.65, 0.5, 0.35, 0.2),
     "thresholds": (0.3, 0.5, 0.7, 0.9),
 }
@@ -131,6 +136,7 @@ SUITES: dict[str, dict[str, Any]] = {
                 "data.length": 512,
                 "batch_size": 64,
                 "steps": 5_000,
+                **LONG_TEXT,
             },
         },
     ),

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.studies.duo import budgets, choices, depth, isoflop
 from experiments.studies.duo.measured import Measured
-from experiments.studies.study import Context
+from experiments.studies.study import LONG_TEXT, Context
 
 _ROUTER = {"optimizer.peak": 0.01, "optimizer.warmup": 10, "eval.every": 0}
 # The paper has 12 layers, 16 times the width between modules; 8 layers keep the losses of all paths within memory.
@@ -40,13 +40,13 @@ SUITES: dict[str, dict[str, Any]] = {
     ),
     "quick": dict(
         seeds=(0, 1, 2),
-        overrides={"steps": 1_200},
+        overrides={"steps": 1_200, **LONG_TEXT},
         router={"steps": 100, **_ROUTER},
         sequences=32,
         shown=6,
         depth=dict(
             seeds=(0,),
-            overrides={"model.width": 128, "batch_size": 16, "steps": 300},
+            overrides={"model.width": 128, "batch_size": 16, "steps": 300, **LONG_TEXT},
             speedups=(1.33, 2.0),
             thresholds=(0.9, 0.5),
             batches=(1, 8),
@@ -55,7 +55,7 @@ SUITES: dict[str, dict[str, Any]] = {
         ),
         isoflop=dict(
             seeds=(0,),
-            overrides={"model.depth": 6, "batch_size": 16, "optimizer.warmup": 20, "eval.every": 0},
+            overrides={"model.depth": 6, "batch_size": 16, "optimizer.warmup": 20, "eval.every": 0, **LONG_TEXT},
             widths=(48, 64, 96),
             shares=(0.125,),
             steps=120,
@@ -64,7 +64,7 @@ SUITES: dict[str, dict[str, Any]] = {
     ),
     "full": dict(
         seeds=(0, 1, 2),
-        overrides={"steps": 30_000, **_FULL},
+        overrides={"steps": 30_000, **_FULL, **LONG_TEXT},
         router={"steps": 2_000, **_ROUTER},
         sequences=16,
         shown=4,
@@ -79,6 +79,7 @@ SUITES: dict[str, dict[str, Any]] = {
                 "data.length": 512,
                 "batch_size": 64,
                 "steps": 20_000,
+                **LONG_TEXT,
             },
             speedups=(1.33, 2.0, 3.0, 4.0, 5.0),
             thresholds=(0.95, 0.9, 0.8, 0.6, 0.3),
@@ -88,7 +89,7 @@ SUITES: dict[str, dict[str, Any]] = {
         ),
         isoflop=dict(
             seeds=(0, 1, 2),
-            overrides={"data.length": 512, "batch_size": 64},
+            overrides={"data.length": 512, "batch_size": 64, **LONG_TEXT},
             widths=(256, 384, 512, 768),
             shares=(0.125, 0.5),
             steps=10_000,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.studies.mrt5 import characters, deletions, languages, placement, trade_off
-from experiments.studies.study import Context
+from experiments.studies.study import LONG_TEXT, Context
 
 # What the full suite changes: the paper's lengths, a model of about 60 M parameters.
 _FULL = {
@@ -49,8 +49,9 @@ _SMALL = {
     "batch_size": 64,
 }
 _SPELLING = {"model.width": 96, "model.heads": 3, "model.rungs": (8, 16, 24, 32), "data.inputs_length": 32}
-_SPELLING |= {"data.targets_length": 32}
+_SPELLING |= {"data.targets_length": 32, **LONG_TEXT}
 _SEARCH = {"model.width": 96, "model.heads": 3, "model.rungs": (16, 24, 32, 48, 64, 80), "data.inputs_length": 80}
+_SEARCH |= LONG_TEXT
 
 # Name in the tables, share to remove or None, argument of the config, overrides.
 NEIGHBOURS = (
@@ -98,8 +99,8 @@ SUITES: dict[str, dict[str, Any]] = {
         repeats=15,
         trade_off=dict(
             config="mrt5/continuation.py",
-            base={"steps": 2_000},
-            tune={"steps": 200, **_TUNE},
+            base={"steps": 2_000, **LONG_TEXT},
+            tune={"steps": 200, **_TUNE, **LONG_TEXT},
             gate=_GATE_WIDE,
             rates=(0.1, 0.3, 0.5, 0.8),
             shown=4,
@@ -131,8 +132,8 @@ SUITES: dict[str, dict[str, Any]] = {
         ),
         placement=dict(
             config="mrt5/continuation.py",
-            base={"steps": 2_000},
-            tune={"steps": 200, **_TUNE},
+            base={"steps": 2_000, **LONG_TEXT},
+            tune={"steps": 200, **_TUNE, **LONG_TEXT},
             gate=_GATE,
             rate=0.5,
             layers=(1, 2, 3, 4),
@@ -144,8 +145,8 @@ SUITES: dict[str, dict[str, Any]] = {
         repeats=15,
         trade_off=dict(
             config="mrt5/spans.py",
-            base={"steps": 30_000, **_FULL},
-            tune={"steps": 5_000, **_FULL, "optimizer.peak": 0.003},
+            base={"steps": 30_000, **_FULL, **LONG_TEXT},
+            tune={"steps": 5_000, **_FULL, **LONG_TEXT, "optimizer.peak": 0.003},
             rates=(0.3, 0.4, 0.5, 0.6, 0.7),
             shown=1,
             neighbours=NEIGHBOURS,
@@ -165,14 +166,16 @@ SUITES: dict[str, dict[str, Any]] = {
                     "mrt5/diagnostics.py", "task=contextual_vowel_removal,full", 0.18, 30_000, 5_000
                 ),
                 "sequence merge": _task("mrt5/diagnostics.py", "task=sequence_merge,full", 0.17, 30_000, 5_000),
-                "spelling correction": _task("mrt5/characters.py", "task=spelling_correction", 0.5, 30_000, 5_000),
-                "word search": _task("mrt5/characters.py", "task=word_search", 0.7, 30_000, 5_000),
+                "spelling correction": _task(
+                    "mrt5/characters.py", "task=spelling_correction", 0.5, 30_000, 5_000, **LONG_TEXT
+                ),
+                "word search": _task("mrt5/characters.py", "task=word_search", 0.7, 30_000, 5_000, **LONG_TEXT),
             },
         ),
         placement=dict(
             config="mrt5/spans.py",
-            base={"steps": 30_000, **_FULL},
-            tune={"steps": 5_000, **_FULL, "optimizer.peak": 0.003},
+            base={"steps": 30_000, **_FULL, **LONG_TEXT},
+            tune={"steps": 5_000, **_FULL, **LONG_TEXT, "optimizer.peak": 0.003},
             rate=0.5,
             layers=(1, 2, 3, 4, 5),
         ),

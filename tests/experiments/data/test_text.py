@@ -2,6 +2,7 @@
 """Text sources: what is read, how it is divided, and that windows are true pieces of it."""
 
 import gzip
+import hashlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from experiments.data import byte_vocab, text
 from experiments.data.next_byte import NextByte
 from experiments.data.span_corruption import SpanCorruption
 from experiments.data.splits import SPLITS
+
+HASHES = {"train": "ea62f2387cf6", "valid": "85eb0d7b4f1f", "test": "eddf96d98a77"}
 
 
 @pytest.fixture
@@ -108,6 +111,20 @@ def test_damaged_gz_is_named(tmp_path, content):
     (tmp_path / "bad.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.gz cannot be unpacked"):
         _read(tmp_path)
+
+
+# -- The embedded books ----------------------------------------------------------------------------------------------
+
+
+def test_books_are_two_novels_and_their_ends_are_held_out():
+    parts = {split: text.from_books(split=split).tobytes() for split in SPLITS}
+    assert sum(map(len, parts.values())) > 1_750_000
+    assert parts["train"].startswith(b"MOBY-DICK;\nor, THE WHALE.") and b"SHERLOCK HOLMES" in parts["train"]
+    assert "On the second day, a sail drew near" in parts["test"].decode(errors="ignore")
+    assert parts["test"].rstrip().endswith(b"she has met with considerable success.")
+    assert 0.045 < len(parts["valid"]) / sum(map(len, parts.values())) < 0.055
+    hashes = {split: hashlib.sha256(part).hexdigest()[:12] for split, part in parts.items()}
+    assert hashes == HASHES, "figures of byte-level models rest on these very bytes"
 
 
 # -- The standard library ---------------------------------------------------------------------------------------------

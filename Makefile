@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Both targets need nothing but Python 3.11 to 3.13; they make a virtual environment of their own in .venv.
-#   make reproduce    the headline tables on embedded data (about 20 minutes on four CPU cores)
+#   make reproduce    the headline tables on embedded data (20 to 30 minutes on four CPU cores)
 #   make test         the test suite, but for
 #   make test-long    studies, notebooks and sharded models that take a minute or more each
 #   make test-chips   kernels compiled for TPU v4, v5p and v6e, and steps of more configs (make test compiles kernels for v5e)

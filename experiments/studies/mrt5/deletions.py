@@ -28,9 +28,9 @@ COLUMNS = (
 )
 
 
-def _percent(share: float) -> float | str:
-    # No byte of a class in the text has no share of it deleted.
-    return "-" if math.isnan(share) else 100 * share
+def _percent(share: float | str) -> float | str:
+    # Of a class that the text has no byte of no share is deleted: NaN, which rows hold as text.
+    return "-" if math.isnan(float(share)) else 100 * share
 
 
 def run(context: Context, settings: Mapping[str, Any]) -> None:

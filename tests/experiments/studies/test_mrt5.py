@@ -5,9 +5,9 @@ import pytest
 from etils import epath
 
 from experiments import reproduce
-from experiments.rundir import apply_overrides
+from experiments.rundir import apply_overrides, plain
 from experiments.studies import plots, tables
-from experiments.studies.mrt5 import SUITES, characters, languages, published, trade_off
+from experiments.studies.mrt5 import SUITES, characters, deletions, languages, published, trade_off
 from experiments.studies.study import Context
 from tests.experiments import tiny_data
 
@@ -32,6 +32,12 @@ TINY = {
 
 def _row(method, kept, bits, seed=0, rate=None):
     return {"method": method, "kept": kept, "bits_per_byte": bits, "seed": seed, "rate": rate, "group": method}
+
+
+def test_a_class_of_which_the_text_has_no_byte_has_no_share():
+    row = plain({"method": "mrt5", "rate": 0.5, "deleted/digit": float("nan"), "deleted/letter": 0.25})
+    columns = {column.head: column for column in deletions.COLUMNS}
+    assert (columns["digit"].of(row), columns["letter"].of(row)) == ("-", 25.0)
 
 
 def test_methods_are_compared_at_the_length_that_mrt5_left():
